@@ -1,0 +1,1 @@
+//! The write side: push, watch, backup, import, retention.

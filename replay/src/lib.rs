@@ -1,0 +1,1 @@
+//! The read side: plan, fetch, restore, verify, drill.

@@ -1,0 +1,1 @@
+//! The archive as a place: create-only puts, durable local files, packs, the catalogue cache.
