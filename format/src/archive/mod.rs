@@ -1,0 +1,1 @@
+//! The objects of the archive: their names, their bytes, and what they say together.

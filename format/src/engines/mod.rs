@@ -1,0 +1,3 @@
+//! What each database's files mean, a folder per engine.
+
+pub mod postgres;

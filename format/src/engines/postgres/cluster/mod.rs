@@ -1,0 +1,1 @@
+//! The files of a cluster that say what state it is in.

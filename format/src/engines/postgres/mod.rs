@@ -1,0 +1,4 @@
+//! PostgreSQL: its WAL and the files of a cluster.
+
+pub mod cluster;
+pub mod wal;

@@ -1,0 +1,1 @@
+//! The write-ahead log, from page headers up to what a commit record says.
