@@ -1,1 +1,17 @@
 //! Harness and end-to-end tests against real PostgreSQL.
+//!
+//! A test makes a [`Scratch`], a [`Cluster`] in it and a [`Waltide`] that knows the archive; dropping them
+//! kills every server and removes every file. `WALTIDE_KEEP=1` keeps the files of a run to look at,
+//! `WALTIDE_PG_BIN` names another PostgreSQL than Debian's version 15.
+
+mod error;
+mod postgres;
+mod process;
+mod scratch;
+mod waltide;
+
+pub use error::{Failure, Result};
+pub use postgres::{Cluster, ClusterBuilder, PgInstall, StopMode};
+pub use process::{Background, Output, Runner, poll_until};
+pub use scratch::Scratch;
+pub use waltide::Waltide;
