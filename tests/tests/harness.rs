@@ -52,7 +52,8 @@ fn a_standby_follows_and_is_promoted() {
     primary.create_tablespace("other");
     primary.query("create table t (x int) tablespace other");
     let standby = primary.make_standby("standby");
-    let mut load = primary.pgbench_background(&["-T", "600", "-f", "/dev/null"]);
+    primary.pgbench_init(1);
+    let mut load = primary.pgbench_background(&["-T", "600"]);
     primary.query("insert into t values (7)");
     standby.wait_caught_up(&primary);
     assert_eq!(standby.query("select x from t"), "7");
