@@ -5,10 +5,12 @@
 //! `WALTIDE_PG_BIN` names another PostgreSQL than Debian's version 15.
 
 mod error;
+pub mod oracle;
 mod postgres;
 mod process;
 mod scratch;
 mod waltide;
+pub mod workload;
 
 pub use error::{Failure, Result};
 pub use postgres::{Cluster, ClusterBuilder, PgInstall, StopMode};

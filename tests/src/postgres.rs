@@ -159,8 +159,6 @@ impl ClusterBuilder {
         cluster.set("timezone", "UTC");
         cluster.set("shared_buffers", "32MB");
         cluster.set("log_line_prefix", "%m [%p] %b ");
-        // Without a wait: a write lost to a crash would be the server's doing, not ours.
-        cluster.set("wal_writer_delay", "10ms");
         for (key, value) in &self.settings {
             cluster.set(key, value);
         }
