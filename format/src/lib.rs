@@ -3,6 +3,12 @@
 //! Every decoder takes bytes from a [`Reader`], which cannot run past its end, checks a length before it
 //! takes memory, and answers damage with [`Corrupt`]: what, at which byte, what was found.
 
+// A test may overflow: that is a failed test.
+#![cfg_attr(
+    test,
+    allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::cast_sign_loss)
+)]
+
 pub mod archive;
 pub mod engines;
 mod error;

@@ -1,1 +1,22 @@
-//! The objects of the archive: their names, their bytes, and what they say together.
+//! The objects of the archive: their names, their bytes, and what they say together. Spec: docs/format.md.
+
+mod envelope;
+mod extents;
+mod index;
+mod layout;
+mod manifest;
+mod stored_segment;
+
+pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
+pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, PackBuilder};
+pub use index::{
+    AdmittedFault, CheckpointInfo, CheckpointKind, CommitKind, DroppedRelation, Ending, FileEvent,
+    FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts,
+    SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
+};
+pub use layout::{Layout, SystemLayout, WalObject};
+pub use manifest::{
+    BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillRecord, Manifest, ManifestDirectory,
+    ManifestFile, ManifestStats, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+};
+pub use stored_segment::{SegmentDirectory, StoredSegment, encode_segment};

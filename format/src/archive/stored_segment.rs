@@ -1,0 +1,387 @@
+//! One object per segment: header, independently compressed chunks, index sections, directory, footer.
+
+use sha2::{Digest as _, Sha256};
+
+use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, decompress};
+use super::index::{INFO_SECTION, SECTION_VERSION, SegmentIndex, SegmentInfo, decode_info};
+use crate::error::{Corrupt, Problem};
+use crate::reader::{Reader, Writer};
+
+/// How much WAL one chunk holds; the last may hold less.
+const CHUNK_BYTES: usize = 1 << 20;
+/// The largest segment there is.
+const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// No section is larger; the blocks of a 1 GiB segment stay far below.
+const SECTION_BYTES_MAX: u64 = 1 << 30;
+
+/// One stretch of an object: where it lies, its checksum, its length once decompressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stretch {
+    at: u64,
+    stored_bytes: u64,
+    raw_bytes: u64,
+    crc: u32,
+}
+
+impl Stretch {
+    fn end(self) -> u64 {
+        self.at.saturating_add(self.stored_bytes)
+    }
+
+    /// The stretch's bytes out of `object`, checked and decompressed. Equal lengths say it was stored as it was.
+    fn read(self, object: &[u8], field: &'static str) -> Result<Vec<u8>, Corrupt> {
+        let damaged = Corrupt { field, at: self.at, problem: Problem::Compression };
+        let range = usize::try_from(self.at).ok().zip(usize::try_from(self.end()).ok());
+        let stored = range.and_then(|(from, to)| object.get(from..to)).ok_or(damaged)?;
+        let found = crc32fast::hash(stored);
+        if found != self.crc {
+            return Err(Corrupt::mismatch(field, self.at, u64::from(found), u64::from(self.crc)));
+        }
+        if self.stored_bytes == self.raw_bytes {
+            return Ok(stored.to_vec());
+        }
+        decompress(stored, self.raw_bytes).ok_or(damaged)
+    }
+}
+
+/// Compresses `raw` unless that makes it longer.
+fn pack(raw: &[u8], level: i32) -> Vec<u8> {
+    match zstd::bulk::compress(raw, level) {
+        Ok(packed) if packed.len() < raw.len() => packed,
+        _ => raw.to_vec(),
+    }
+}
+
+/// Makes the stored object of a segment out of its bytes and its index. Chunks are compressed on `threads` threads.
+pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usize) -> Vec<u8> {
+    let chunks: Vec<&[u8]> = wal.chunks(CHUNK_BYTES).collect();
+    let share = chunks.len().div_ceil(threads.max(1)).max(1);
+    let digest = Sha256::digest;
+    let (packed, digest) = if threads > 1 && chunks.len() > 1 {
+        std::thread::scope(|scope| {
+            let work = |part: &[&[u8]]| part.iter().map(|c| pack(c, level)).collect::<Vec<_>>();
+            let handles: Vec<_> = chunks.chunks(share).map(|part| scope.spawn(move || work(part))).collect();
+            let digest = digest(wal);
+            let packed =
+                handles.into_iter().flat_map(|h| h.join().expect("compression does not panic")).collect();
+            (packed, digest)
+        })
+    } else {
+        (chunks.iter().map(|c| pack(c, level)).collect::<Vec<_>>(), digest(wal))
+    };
+
+    let mut object = Header { kind: ObjectKind::Segment }.encode().to_vec();
+    let mut directory = Writer::new();
+    directory.u64(wal.len() as u64).u32(u32::try_from(CHUNK_BYTES).unwrap_or(u32::MAX)).bytes(&digest);
+    directory.varint(packed.len() as u64);
+    for stored in &packed {
+        directory.varint(stored.len() as u64).u32(crc32fast::hash(stored));
+        object.extend_from_slice(stored);
+    }
+    let sections = index.encode_sections();
+    directory.varint(sections.len() as u64);
+    for (id, raw) in &sections {
+        let stored = pack(raw, level);
+        directory.u16(*id).u16(SECTION_VERSION);
+        directory.varint(stored.len() as u64).varint(raw.len() as u64).u32(crc32fast::hash(&stored));
+        object.extend_from_slice(&stored);
+    }
+    object.extend_from_slice(directory.as_bytes());
+    Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));
+    object
+}
+
+/// Where everything in a stored segment lies; enough to read any part by range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentDirectory {
+    /// How much WAL the segment holds.
+    pub wal_bytes: u64,
+    /// SHA-256 over that WAL.
+    pub digest: [u8; 32],
+    /// Where the sections start: everything before is chunks.
+    pub sections_at: u64,
+    chunks: Vec<Stretch>,
+    sections: Vec<(u16, u16, Stretch)>,
+}
+
+impl SegmentDirectory {
+    /// Reads the directory out of `tail`, the last bytes of an object of `object_bytes` bytes. `Ok(Err(n))`
+    /// says that `n` bytes of tail are needed.
+    pub fn decode(tail: &[u8], object_bytes: u64) -> Result<Result<Self, u64>, Corrupt> {
+        let footer = Footer::decode(tail, object_bytes)?;
+        let needed = object_bytes.saturating_sub(footer.directory_at);
+        let from = usize::try_from(needed).ok().and_then(|needed| tail.len().checked_sub(needed));
+        let Some(from) = from else { return Ok(Err(needed)) };
+        let to = tail.len().saturating_sub(FOOTER_BYTES);
+        let bytes = tail.get(from..to).unwrap_or_default();
+        let found = crc32fast::hash(bytes);
+        if found != footer.directory_crc {
+            let expected = u64::from(footer.directory_crc);
+            return Err(Corrupt::mismatch("directory", footer.directory_at, u64::from(found), expected));
+        }
+        Self::parse(bytes, footer.directory_at).map(Ok)
+    }
+
+    fn parse(bytes: &[u8], base: u64) -> Result<Self, Corrupt> {
+        let mut r = Reader::with_base(bytes, base);
+        let at = r.position();
+        let wal_bytes = r.u64("wal_bytes")?;
+        if wal_bytes > SEGMENT_BYTES_MAX {
+            return Err(Corrupt::too_large("wal_bytes", at, wal_bytes, SEGMENT_BYTES_MAX));
+        }
+        let chunk_bytes = r.parse_u32("chunk_bytes", |v| (v > 0).then_some(u64::from(v)))?;
+        let digest = r.array::<32>("digest")?;
+        let at = r.position();
+        let count = r.count(5, "chunks")?;
+        if count as u64 != wal_bytes.div_ceil(chunk_bytes) {
+            return Err(Corrupt::mismatch("chunks", at, count as u64, wal_bytes.div_ceil(chunk_bytes)));
+        }
+        let mut next = HEADER_BYTES as u64;
+        let mut stretch = |r: &mut Reader<'_>, raw: Option<u64>| {
+            let at = r.position();
+            let stored_bytes = r.varint("stored_bytes")?;
+            let raw_bytes = match raw {
+                Some(raw) => raw,
+                None => r.varint("raw_bytes")?,
+            };
+            if raw_bytes > SECTION_BYTES_MAX {
+                return Err(Corrupt::too_large("raw_bytes", at, raw_bytes, SECTION_BYTES_MAX));
+            }
+            let found = Stretch { at: next, stored_bytes, raw_bytes, crc: r.u32("crc")? };
+            next = found.end();
+            if next > base {
+                return Err(Corrupt::too_large("stored_bytes", at, next, base));
+            }
+            Ok(found)
+        };
+        let mut chunks = Vec::with_capacity(count);
+        let mut left = wal_bytes;
+        for _ in 0..count {
+            let raw = left.min(chunk_bytes);
+            left = left.saturating_sub(raw);
+            chunks.push(stretch(&mut r, Some(raw))?);
+        }
+        let sections_at = chunks.last().map_or(HEADER_BYTES as u64, |c| c.end());
+        let count = r.count(10, "sections")?;
+        let mut sections = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (id, version) = (r.u16("section")?, r.u16("section_version")?);
+            sections.push((id, version, stretch(&mut r, None)?));
+        }
+        let end = sections.last().map_or(sections_at, |(_, _, s)| s.end());
+        if end != base {
+            return Err(Corrupt::mismatch("directory_at", base, base, end));
+        }
+        r.finish("directory")?;
+        Ok(Self { wal_bytes, digest, sections_at, chunks, sections })
+    }
+
+    /// How many bytes at the object's end hold sections, directory and footer.
+    pub fn tail_bytes(&self, object_bytes: u64) -> u64 {
+        object_bytes.saturating_sub(self.sections_at)
+    }
+
+    /// Reads the index out of `tail`, which must hold the sections ([`SegmentDirectory::tail_bytes`]).
+    pub fn index(&self, tail: &[u8], object_bytes: u64) -> Result<SegmentIndex, Corrupt> {
+        let mut index = SegmentIndex::new(self.info(tail, object_bytes)?);
+        for (id, version, stretch) in &self.sections {
+            if *id == INFO_SECTION || *version != SECTION_VERSION {
+                continue;
+            }
+            let raw = Self::in_tail(*stretch, tail, object_bytes)?;
+            index.decode_section(*id, &raw).map_err(|e| e.offset_by(stretch.at))?;
+        }
+        Ok(index)
+    }
+
+    /// Reads the index's first section alone.
+    pub fn info(&self, tail: &[u8], object_bytes: u64) -> Result<SegmentInfo, Corrupt> {
+        let info =
+            self.sections.iter().find(|(id, version, _)| *id == INFO_SECTION && *version == SECTION_VERSION);
+        let (_, _, stretch) = info.ok_or(Corrupt::invalid("sections", self.sections_at, 0))?;
+        let raw = Self::in_tail(*stretch, tail, object_bytes)?;
+        decode_info(&raw).map_err(|e| e.offset_by(stretch.at))
+    }
+
+    fn in_tail(stretch: Stretch, tail: &[u8], object_bytes: u64) -> Result<Vec<u8>, Corrupt> {
+        let tail_at = object_bytes.saturating_sub(tail.len() as u64);
+        let short = Corrupt {
+            field: "section",
+            at: stretch.at,
+            problem: Problem::Truncated { needed: stretch.stored_bytes, left: 0 },
+        };
+        let local = Stretch { at: stretch.at.checked_sub(tail_at).ok_or(short)?, ..stretch };
+        local.read(tail, "section").map_err(|e| e.offset_by(tail_at))
+    }
+}
+
+/// A whole stored segment, every byte of it checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredSegment {
+    /// The WAL, as PostgreSQL had it.
+    pub wal: Vec<u8>,
+    /// What it says.
+    pub index: SegmentIndex,
+    /// SHA-256 over the WAL.
+    pub digest: [u8; 32],
+}
+
+impl StoredSegment {
+    /// Reads a whole object: footer, every checksum, the digest, and that the index speaks of this length of WAL.
+    pub fn decode(object: &[u8]) -> Result<Self, Corrupt> {
+        let (directory, wal) = Self::decode_wal(object)?;
+        let index = directory.index(object, object.len() as u64)?;
+        let found: [u8; 32] = Sha256::digest(&wal).into();
+        if found != directory.digest {
+            let word = |d: &[u8; 32]| d.first_chunk::<8>().map_or(0, |c| u64::from_be_bytes(*c));
+            return Err(Corrupt::mismatch("digest", 0, word(&found), word(&directory.digest)));
+        }
+        if directory.wal_bytes > index.info.size.bytes() {
+            return Err(Corrupt::too_large("wal_bytes", 0, directory.wal_bytes, index.info.size.bytes()));
+        }
+        Ok(Self { wal, index, digest: directory.digest })
+    }
+
+    /// Reads the WAL of a whole object under its checksums, without its index.
+    pub fn decode_wal(object: &[u8]) -> Result<(SegmentDirectory, Vec<u8>), Corrupt> {
+        Footer::check(object, ObjectKind::Segment)?;
+        let object_bytes = object.len() as u64;
+        let directory = SegmentDirectory::decode(object, object_bytes)?;
+        let directory =
+            directory.map_err(|needed| Corrupt::too_large("directory", 0, needed, object_bytes))?;
+        let mut wal = Vec::new();
+        for chunk in &directory.chunks {
+            wal.extend_from_slice(&chunk.read(object, "chunk")?);
+        }
+        Ok((directory, wal))
+    }
+}
+
+/// Indexes for the tests of this crate.
+#[cfg(test)]
+pub(crate) mod samples {
+    use super::super::index::*;
+    use crate::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn info(wal_bytes: u64) -> SegmentInfo {
+        let start = Lsn::from(0x300_0000);
+        SegmentInfo {
+            system_id: 42.into(),
+            major: PgMajor::V15,
+            name: "000000010000000000000003".parse().unwrap(),
+            size: SegmentSize::DEFAULT,
+            first_page_timeline: TimelineId::FIRST,
+            last_page_timeline: TimelineId::FIRST,
+            continued_bytes: 12,
+            overwrites_contrecord: false,
+            first_record: Some(start.saturating_add(40)),
+            first_prev: Some(start.saturating_sub(100)),
+            last_record: None,
+            valid_end: start.saturating_add(wal_bytes),
+            ending: Ending::Full,
+            pending: Some(PendingRecord { start, total_bytes: 100, here_bytes: 20, joined: true }),
+            head_joined: true,
+            records: 9,
+            first_time: Some(TimestampTz::from_postgres_micros(5)),
+            last_time: None,
+            min_time: None,
+            max_time: None,
+            last_commit_time: Some(TimestampTz::from_postgres_micros(-5)),
+            commits: 3,
+            image_bytes: 77,
+        }
+    }
+
+    prop_compose! {
+        pub(crate) fn index()(
+            lsns in proptest::collection::vec(0u64..1 << 24, 0..6),
+            name in ".{0,12}",
+            rels in proptest::collection::btree_set((any::<u32>(), proptest::collection::btree_set(any::<u32>(), 0..5)), 0..4),
+            n: u32,
+            redo: u64,
+        ) -> SegmentIndex {
+            let at = |l: u64| Lsn::from(0x300_0000 + l);
+            let relation = |rel_number| RelFileLocator { spc_oid: 1663, db_oid: 5, rel_number };
+            let mut i = SegmentIndex::new(info(1 << 24));
+            for &l in &lsns {
+                i.xacts.push(XactEnd {
+                    kind: CommitKind::CommitPrepared, xid: n.into(), start: at(l), end: at(l + 40), time: TimestampTz::from_postgres_micros(-7),
+                    db_oid: Some(n), subxacts: vec![3.into(), n.into()], dropped: vec![relation(n)], gid: Some(name.clone()),
+                });
+                i.restore_points.push(RestorePoint { name: name.clone(), time: TimestampTz::default(), start: at(l), end: at(l) });
+                i.checkpoints.push(CheckpointInfo {
+                    kind: CheckpointKind::Online, start: at(l), end: at(l), redo: Lsn::from(redo), timeline: TimelineId::FIRST,
+                    previous_timeline: TimelineId::FIRST, full_page_writes: true, next_full_xid: redo, oldest_active_xid: n.into(),
+                    time: TimestampTz::default(),
+                });
+                i.timeline_ends.push(TimelineEnd { start: at(l), timeline: TimelineId::FIRST, previous_timeline: TimelineId::FIRST, time: TimestampTz::default() });
+                i.running_xacts.push(RunningXacts { start: at(l), next_xid: n.into(), oldest_running_xid: n.into(), running: n });
+                i.faults.push(AdmittedFault { at: at(l), message: name.clone() });
+                let event = |kind| FileEvent { start: at(l), xid: n.into(), kind };
+                i.file_events.extend([
+                    event(FileEventKind::Create { relation: relation(n), fork: ForkNumber::Vm }),
+                    event(FileEventKind::Truncate { relation: relation(1), blocks: n, flags: 7 }),
+                    event(FileEventKind::DatabaseCopy { to: (1, n), from: (2, 3) }),
+                    event(FileEventKind::DatabaseCreate { database: (1, n) }),
+                    event(FileEventKind::DatabaseDrop { db_oid: n, tablespaces: vec![1, n] }),
+                    event(FileEventKind::TablespaceCreate { spc_oid: n, path: name.clone() }),
+                    event(FileEventKind::TablespaceDrop { spc_oid: n }),
+                    event(FileEventKind::RelationMap { spc_oid: n, db_oid: 0 }),
+                ]);
+            }
+            for (rel, blocks) in rels {
+                let blocks = blocks.into_iter().map(|block| IndexedBlock { block, last_image: (block % 2 == 0).then(|| at(u64::from(block % 999))), records_after: block }).collect();
+                i.blocks.push(ForkBlocks { relation: relation(rel), fork: ForkNumber::Main, blocks });
+            }
+            i.rmgrs.push(RmgrCount { rmid: 10, records: redo, record_bytes: 1, image_bytes: 2 });
+            i
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn a_segment_comes_back_with_its_index(index in samples::index(), seed: u64, threads in 1usize..3) {
+            let wal: Vec<u8> = (0..3_000_000u64).map(|i| (i.wrapping_mul(seed) >> 60) as u8).collect();
+            let object = encode_segment(&wal, &index, 1, threads);
+            let back = StoredSegment::decode(&object).unwrap();
+            prop_assert_eq!(&back.index, &index);
+            prop_assert!(back.wal == wal);
+            let directory = SegmentDirectory::decode(&object, object.len() as u64).unwrap().unwrap();
+            let tail = &object[object.len() - directory.tail_bytes(object.len() as u64) as usize..];
+            prop_assert_eq!(directory.index(tail, object.len() as u64).unwrap(), index);
+        }
+
+        #[test]
+        fn any_bytes_are_a_segment_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(StoredSegment::decode(&bytes).is_err());
+            let _ = SegmentDirectory::decode(&bytes, bytes.len() as u64);
+        }
+    }
+
+    #[test]
+    fn every_flipped_byte_and_every_truncation_is_refused() {
+        let wal = vec![3; 5000];
+        let object = encode_segment(&wal, &SegmentIndex::new(samples::info(5000)), 1, 1);
+        assert!(StoredSegment::decode(&object).is_ok());
+        for i in 0..object.len() {
+            let mut bad = object.clone();
+            bad[i] ^= 0x40;
+            assert!(StoredSegment::decode(&bad).is_err(), "byte {i}");
+            assert!(StoredSegment::decode(&object[..i]).is_err(), "cut at {i}");
+        }
+    }
+
+    #[test]
+    fn a_section_this_reader_does_not_know_is_skipped() {
+        let mut index = SegmentIndex::new(samples::info(0));
+        assert_eq!(index.decode_section(999, &[1, 2, 3]), Ok(()));
+    }
+}
