@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use waltide_tests::oracle::{ControlData, RmgrStats, Waldump, waldump_stats};
 use waltide_tests::workload::{EVERY_RMGR_SETTINGS, Journal, RMGRS, every_rmgr};
-use waltide_tests::{Cluster, Scratch, StopMode};
+use waltide_tests::{Cluster, Scratch, StopMode, Waltide};
 
 #[test]
 fn a_cluster_starts_answers_and_survives_every_way_of_stopping() {
@@ -155,4 +155,17 @@ fn a_journal_knows_its_transactions() {
     let fork = journal.forked_after(4);
     assert_eq!(fork.steps(), &journal.steps()[..4]);
     assert!(std::panic::catch_unwind(|| fork.assert_exactly_up_to(&cluster, 4)).is_err());
+}
+
+#[test]
+fn the_built_binaries_run_as_the_databases_user() {
+    let scratch = Scratch::new("binaries");
+    let waltide = Waltide::new(&scratch).archive(scratch.dir("archive")).cluster("main");
+    assert_eq!(
+        waltide.archive_command(),
+        format!("{0}/bin/waltide --archive {0}/archive --cluster main push %p", scratch.path().display())
+    );
+    for waltide in [Waltide::new(&scratch), Waltide::new(&scratch).restore_pitr(), waltide.as_self()] {
+        waltide.ok(["--version"]);
+    }
 }
