@@ -1,5 +1,6 @@
 //! The objects of the archive: their names, their bytes, and what they say together. Spec: docs/format.md.
 
+mod catalog;
 mod envelope;
 mod extents;
 mod index;
@@ -7,6 +8,9 @@ mod layout;
 mod manifest;
 mod stored_segment;
 
+pub use catalog::{
+    BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
+};
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, PackBuilder};
 pub use index::{
