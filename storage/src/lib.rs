@@ -13,6 +13,7 @@ mod error;
 mod faulty;
 mod local;
 mod path;
+mod sealed;
 mod url;
 
 pub use archive::{Archive, Leftover, Listing, ObjectInfo, Put};

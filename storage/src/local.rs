@@ -65,14 +65,21 @@ impl LocalFiles {
     pub(crate) fn create(root: &std::path::Path) -> io::Result<Self> {
         let missing: Vec<_> = root.ancestors().take_while(|dir| !dir.exists()).collect();
         for dir in missing.iter().rev() {
-            make_directory(dir)?;
+            match make_directory(dir) {
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                done => done?,
+            }
         }
         let files = Self::open(root)?;
         let canonical = Arc::clone(&files.root);
         for (at, dir) in canonical.ancestors().enumerate().take(missing.len().max(1).saturating_add(1)) {
             match files.sync_directory(dir) {
-                // A directory that is not ours may be closed to us; then it was not ours to sync.
-                Err(e) if e.kind() == ErrorKind::PermissionDenied && at >= missing.len().max(1) => {}
+                // What lies above may be closed to us. A new entry in it is then synced with its whole file system.
+                Err(e) if e.kind() == ErrorKind::PermissionDenied && at >= missing.len().max(1) => {
+                    if !missing.is_empty() {
+                        rustix::fs::syncfs(File::open(&*canonical)?)?;
+                    }
+                }
                 done => done?,
             }
         }
@@ -161,7 +168,10 @@ impl LocalFiles {
     fn already_there(&self, at: &Path) -> Result<()> {
         match self.sync(at) {
             Ok(()) => Err(Error::AlreadyExists { path: at.to_string(), source: "the file exists".into() }),
-            Err(Error::NotFound { .. }) => Err(refused("a directory has this name; choose another")),
+            Err(Error::NotFound { .. }) => match self.look(at)? {
+                Some(_) => Err(refused("a directory has this name; choose another")),
+                None => Err(failed(io::Error::other("another process deleted it meanwhile"))),
+            },
             Err(e) => Err(e),
         }
     }

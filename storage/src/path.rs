@@ -45,6 +45,9 @@ pub(crate) fn bad_name(name: &str) -> Option<&'static str> {
         _ if name.contains(|c: char| c.is_control() || c == '\\') => {
             Some("it holds a control character or a backslash; choose another name")
         }
+        _ if name.starts_with(".nfs") => {
+            Some("NFS keeps deleted files under such names; choose another name")
+        }
         _ if is_leftover(name) => {
             Some("# and a number at the end mark unfinished files; choose another name")
         }
@@ -67,7 +70,7 @@ mod tests {
     fn names_that_could_leave_the_archive_are_refused() {
         for bad in [
             "", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "./a", "a/..", "a\0b", "a\nb", "a\\b", "a#1",
-            "a#1/b",
+            "a#1/b", "a/.nfs01",
         ] {
             assert!(matches!(object(bad), Err(StorageError::InvalidPath { .. })), "{bad:?}");
         }
