@@ -151,7 +151,7 @@ impl LocalFiles {
         }
         let dest = self.file(at);
         let (file, staging) = self.stage(at, &dest)?;
-        let linked = write_synced(file, payload).map(|()| fs::hard_link(&staging, &dest));
+        let linked = self.fill(file, &staging, payload).map(|()| fs::hard_link(&staging, &dest));
         let _ = fs::remove_file(&staging);
         match linked.map_err(failed)? {
             Ok(()) => self.sync_directories(at).map_err(failed),
@@ -162,6 +162,13 @@ impl LocalFiles {
             }
             Err(e) => Err(failed(e)),
         }
+    }
+
+    fn fill(&self, mut file: File, staging: &std::path::Path, payload: &PutPayload) -> io::Result<()> {
+        for part in payload {
+            file.write_all(part)?;
+        }
+        self.sync_file(&file, staging)
     }
 
     /// The writer of an object that is in place may have been killed before it synced the entry, so we do.
@@ -231,8 +238,7 @@ impl LocalFiles {
     /// Makes the object and every directory entry on the way to it durable.
     pub(crate) fn sync(&self, at: &Path) -> Result<()> {
         let Some((file, _)) = self.object(at)? else { return Err(self.missing(at)) };
-        File::open(&file).and_then(|f| f.sync_all()).map_err(failed)?;
-        self.note_synced(&file);
+        File::open(&file).and_then(|opened| self.sync_file(&opened, &file)).map_err(failed)?;
         self.sync_directories(at).map_err(failed)
     }
 
@@ -246,19 +252,18 @@ impl LocalFiles {
     }
 
     fn sync_directory(&self, dir: &std::path::Path) -> io::Result<()> {
-        match File::open(dir)?.sync_all() {
+        match self.sync_file(&File::open(dir)?, dir) {
             // A file system that cannot sync directories says EINVAL; PostgreSQL takes it the same way.
-            Err(e) if e.kind() == ErrorKind::InvalidInput => {}
-            done => done?,
+            Err(e) if e.kind() == ErrorKind::InvalidInput => Ok(()),
+            done => done,
         }
-        self.note_synced(dir);
-        Ok(())
     }
 
     #[cfg_attr(not(test), expect(clippy::unused_self, reason = "tests look at what was synced"))]
-    fn note_synced(&self, _path: &std::path::Path) {
+    fn sync_file(&self, file: &File, _path: &std::path::Path) -> io::Result<()> {
         #[cfg(test)]
         self.synced.lock().unwrap().push(_path.to_owned());
+        file.sync_all()
     }
 
     fn get(&self, at: &Path, options: &GetOptions) -> Result<GetResult> {
@@ -383,13 +388,6 @@ fn make_directory(dir: &std::path::Path) -> io::Result<()> {
     fs::set_permissions(dir, Permissions::from_mode(DIR_MODE))
 }
 
-fn write_synced(mut file: File, payload: &PutPayload) -> io::Result<()> {
-    for part in payload {
-        file.write_all(part)?;
-    }
-    file.sync_all()
-}
-
 fn describe(location: Path, meta: &Metadata) -> ObjectMeta {
     let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
     let e_tag = format!("{:x}-{:x}.{:x}-{:x}", meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len());
@@ -511,12 +509,12 @@ mod tests {
         let (_dir, files) = tree();
         assert_eq!(synced(&files), [""]);
         put(&files, "a/b/c").unwrap();
-        assert_eq!(synced(&files), ["a/b", "a", ""]);
+        assert_eq!(synced(&files), ["a/b/c#1", "a/b", "a", ""]);
         // As if another writer had been killed after making the directory, and after linking the object.
         fs::create_dir_all(files.root.join("x/y")).unwrap();
         fs::write(files.root.join("x/y/z"), "whole").unwrap();
         put(&files, "x/y/other").unwrap();
-        assert_eq!(synced(&files), ["x/y", "x", ""]);
+        assert_eq!(synced(&files), ["x/y/other#1", "x/y", "x", ""]);
         assert!(matches!(files.put(&"x/y/z".into(), &"".into()), Err(Error::AlreadyExists { .. })));
         assert_eq!(synced(&files), ["x/y/z", "x/y", "x", ""]);
         files.remove(&"x/y/z".into()).unwrap();
