@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! The `waltide` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    waltide::run(std::env::args_os().collect())
+}

@@ -13,6 +13,7 @@ mod error;
 mod faulty;
 mod local;
 mod path;
+mod progress;
 mod sealed;
 mod url;
 
@@ -23,4 +24,5 @@ pub use conformance::conformance;
 
 pub use error::StorageError;
 pub use faulty::Faults;
+pub use progress::{NoProgress, Progress};
 pub use url::ArchiveUrl;

@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! The `restore-pitr` command: `waltide restore` under the name the operators' guides give it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    waltide::run_restore(std::env::args_os().collect())
+}

@@ -1,0 +1,45 @@
+//! What every command takes, and the list of commands.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser};
+
+use crate::commands::Command;
+
+/// WAL archiving and point-in-time recovery that reads what it keeps.
+#[derive(Debug, Parser)]
+#[command(name = "waltide", version, max_term_width = 110, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What every command takes.
+    #[command(flatten)]
+    pub(crate) global: Global,
+    /// The command.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command. A flag beats the environment, which beats the configuration file.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// The archive: a directory or a file:// URL [env: WALTIDE_ARCHIVE]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Global options")]
+    pub(crate) archive: Option<String>,
+    /// The cluster in the archive [env: WALTIDE_CLUSTER] [default: main]
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Global options")]
+    pub(crate) cluster: Option<String>,
+    /// The configuration file [env: WALTIDE_CONFIG] [default: /etc/waltide/waltide.toml where it exists]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print one JSON document instead of text
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) json: bool,
+    /// How many threads to work with [env: WALTIDE_THREADS] [default: the cores there are]
+    #[arg(long, global = true, value_name = "N", help_heading = "Global options")]
+    pub(crate) threads: Option<usize>,
+    /// Say only what went wrong
+    #[arg(long, short, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub(crate) quiet: bool,
+    /// Say more; twice, say everything
+    #[arg(long, short, global = true, action = ArgAction::Count, help_heading = "Global options")]
+    pub(crate) verbose: u8,
+}

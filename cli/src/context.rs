@@ -1,0 +1,129 @@
+//! What a command works with: the archive, the cluster in it, how to answer.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use waltide_format::archive::{Envelope, Layout, ObjectKind, WaltideInfo};
+use waltide_storage::{Archive, ArchiveUrl, NoProgress, Progress};
+
+use crate::args::Global;
+use crate::config::{Config, parse_dotenv};
+use crate::exit::Failure;
+use crate::progress::Bars;
+
+/// No JSON object of an archive is larger.
+const JSON_BYTES_MAX: u64 = 1 << 20;
+/// The cluster that is meant where none is named.
+const DEFAULT_CLUSTER: &str = "main";
+
+/// Flags, environment and configuration, each beating the next.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) json: bool,
+    pub(crate) quiet: bool,
+    pub(crate) threads: usize,
+    pub(crate) config: Config,
+    /// The configuration file that was read, if any.
+    pub(crate) config_path: Option<PathBuf>,
+    archive: Option<String>,
+    cluster: Option<String>,
+    dotenv: BTreeMap<String, String>,
+}
+
+impl Context {
+    pub(crate) fn new(global: &Global) -> Result<Self, Failure> {
+        let named = global.config.clone().or_else(|| std::env::var_os("WALTIDE_CONFIG").map(PathBuf::from));
+        let (config, config_path) = Config::load(named.as_deref())?;
+        let dotenv = match config.dotenv {
+            true => std::fs::read_to_string(".env").map(|text| parse_dotenv(&text)).unwrap_or_default(),
+            false => BTreeMap::new(),
+        };
+        let mut context = Self {
+            json: global.json,
+            quiet: global.quiet,
+            threads: 1,
+            archive: None,
+            cluster: None,
+            config,
+            config_path,
+            dotenv,
+        };
+        context.archive = global
+            .archive
+            .clone()
+            .or_else(|| context.env("WALTIDE_ARCHIVE"))
+            .or_else(|| context.config.archive.clone());
+        context.cluster = global
+            .cluster
+            .clone()
+            .or_else(|| context.env("WALTIDE_CLUSTER"))
+            .or_else(|| context.config.cluster.clone());
+        context.threads = match (global.threads, context.env("WALTIDE_THREADS"), context.config.threads) {
+            (Some(n), _, _) => n,
+            (None, Some(text), _) => text
+                .parse()
+                .map_err(|_| Failure::usage(format!("WALTIDE_THREADS is {text:?}, not a number")))?,
+            (None, None, Some(n)) => n,
+            (None, None, None) => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        if !(1..=1024).contains(&context.threads) {
+            return Err(Failure::usage(format!("--threads {} is not between 1 and 1024", context.threads)));
+        }
+        Ok(context)
+    }
+
+    /// A variable of the environment, or of the `.env` that the configuration file asks for.
+    pub(crate) fn env(&self, name: &str) -> Option<String> {
+        std::env::var(name).ok().or_else(|| self.dotenv.get(name).cloned()).filter(|v| !v.is_empty())
+    }
+
+    /// The archive's address, opened or not.
+    pub(crate) fn archive_url(&self) -> Result<ArchiveUrl, Failure> {
+        let text = self.archive.as_deref().ok_or_else(|| {
+            Failure::usage("no archive is named")
+                .hint("say --archive URL, or set WALTIDE_ARCHIVE, or put it in the configuration file")
+        })?;
+        text.parse().map_err(|e| Failure::usage(format!("{e}")))
+    }
+
+    /// The names of the cluster's objects.
+    pub(crate) fn layout(&self) -> Result<Layout, Failure> {
+        let name = self.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER);
+        Layout::new(name).ok_or_else(|| {
+            Failure::usage(format!("{name:?} cannot be a cluster's name"))
+                .hint("use letters, digits, '_', '-' and '.', 63 at the most, not starting with a dot")
+        })
+    }
+
+    /// The archive, once its own object says that it is one and of a version that is known.
+    pub(crate) async fn archive(&self) -> Result<Archive, Failure> {
+        let archive = Archive::open(&self.archive_url()?).await?;
+        let path = Layout::WALTIDE_JSON;
+        let object = archive.get(path, JSON_BYTES_MAX).await.map_err(|e| match e.is_not_found() {
+            true => Failure::failed("this is no Waltide archive", e)
+                .hint("make one with `waltide init --data-dir DIR`"),
+            false => e.into(),
+        })?;
+        let info: WaltideInfo = Envelope::open_json(&object, ObjectKind::Json)
+            .map_err(|e| Failure::damaged(format!("{path} of {} is damaged", archive.url()), e))?;
+        if info.format_version != 1 {
+            let text = format!(
+                "{} follows format version {}, this program knows 1",
+                archive.url(),
+                info.format_version
+            );
+            return Err(Failure::message(1, text).hint("use a newer waltide"));
+        }
+        Ok(archive)
+    }
+
+    /// Bars on a terminal, nothing elsewhere.
+    pub(crate) fn progress(&self) -> Arc<dyn Progress> {
+        use std::io::IsTerminal as _;
+        match !self.quiet && std::io::stderr().is_terminal() {
+            true => Arc::new(Bars::new()),
+            false => Arc::new(NoProgress),
+        }
+    }
+}

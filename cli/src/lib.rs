@@ -1,0 +1,60 @@
+//! Arguments in, text or JSON out, an exit status. No decisions.
+//!
+//! Statuses (docs/cli.md): 0 done, 1 failed, 2 usage, 3 the archive is damaged or incomplete. `fetch` says 1 only
+//! when the archive answered "not there" and 126 for all else, because PostgreSQL reads 1 to 125 from its
+//! restore_command as the end of the archive.
+
+// A test may overflow: that is a failed test.
+#![cfg_attr(
+    test,
+    allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::cast_sign_loss)
+)]
+
+mod args;
+mod commands;
+mod config;
+mod context;
+mod exit;
+mod output;
+mod progress;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+pub use args::Cli;
+use context::Context;
+use exit::{Failure, Verb};
+
+/// Runs `waltide` with these arguments, the program's name among them.
+pub fn run(args: Vec<OsString>) -> ExitCode {
+    let verb = Verb::of(&args);
+    exit::install_panic_hook(verb);
+    let cli = match Cli::try_parse_from(&args) {
+        Ok(cli) => cli,
+        Err(e) => return exit::clap_error(&e, verb),
+    };
+    match start(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => exit::report(&failure, verb),
+    }
+}
+
+/// Runs `waltide restore` under the name `restore-pitr`.
+pub fn run_restore(mut args: Vec<OsString>) -> ExitCode {
+    let at = args.len().min(1);
+    args.insert(at, "restore".into());
+    run(args)
+}
+
+fn start(cli: Cli) -> Result<(), Failure> {
+    let context = Context::new(&cli.global)?;
+    output::start_log(&cli.global);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(context.threads)
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::failed("the threads could not be started", e))?;
+    runtime.block_on(commands::run(cli.command, &context))
+}

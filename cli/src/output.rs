@@ -1,0 +1,124 @@
+//! The only place that prints: stdout is the answer, stderr the rest.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::io::Write as _;
+
+use serde::Serialize;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::args::Global;
+use crate::context::Context;
+use crate::exit::Failure;
+
+/// Prints the answer: the value as one JSON document, or as the text made of it.
+pub(crate) fn answer<T: Serialize>(
+    context: &Context,
+    value: &T,
+    text: impl FnOnce() -> String,
+) -> Result<(), Failure> {
+    let out = match context.json {
+        true => serde_json::to_string_pretty(value)?,
+        false => text(),
+    };
+    let mut stdout = std::io::stdout().lock();
+    // A reader that went away (`| head`) is no failure of ours.
+    let _ = writeln!(stdout, "{}", out.trim_end_matches('\n')).and_then(|()| stdout.flush());
+    Ok(())
+}
+
+/// Prints bytes as they are.
+pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(Failure::from)
+}
+
+/// What went wrong.
+pub(crate) fn error(text: &str) {
+    eprintln!("waltide: {text}");
+}
+
+/// What was behind it.
+pub(crate) fn cause(text: &str) {
+    eprintln!("  because: {text}");
+}
+
+/// What to do about it.
+pub(crate) fn hint(text: &str) {
+    eprintln!("  hint: {text}");
+}
+
+/// The libraries' own words go to stderr, as much of them as -q and -v ask for.
+pub(crate) fn start_log(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => LevelFilter::WARN,
+        (false, 1) => LevelFilter::INFO,
+        (false, _) => LevelFilter::DEBUG,
+    };
+    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr);
+    let _ = log.with_target(false).with_ansi(false).compact().try_init();
+}
+
+/// A table for people: columns as wide as their widest cell, two spaces apart.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count());
+        cells.chain(head.get(column).map(|h| h.chars().count())).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |cells: Vec<&str>| {
+        let padded: Vec<_> = cells.iter().zip(&widths).map(|(c, w)| format!("{c:<w$}")).collect();
+        padded.join("  ").trim_end().to_owned()
+    };
+    let body = rows.iter().map(|r| line(r.iter().map(String::as_str).collect()));
+    std::iter::once(line(head.to_vec())).chain(body).collect::<Vec<_>>().join("\n")
+}
+
+/// Bytes for people: 1.5 GiB.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn bytes(n: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = n as f64;
+    let mut unit = 0usize;
+    while value >= 1024.0 && unit < units.len().saturating_sub(1) {
+        value /= 1024.0;
+        unit = unit.saturating_add(1);
+    }
+    let name = units.get(unit).copied().unwrap_or("PiB");
+    if unit == 0 { format!("{n} {name}") } else { format!("{value:.1} {name}") }
+}
+
+/// Seconds for people: 0.4 s, 2 min 5 s, 3 h 12 min.
+pub(crate) fn duration(seconds: f64) -> String {
+    if seconds < 60.0 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = std::time::Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| d.as_secs());
+    let (hours, minutes, rest) = (whole / 3600, whole / 60 % 60, whole % 60);
+    match hours {
+        0 => format!("{minutes} min {rest} s"),
+        1..=47 => format!("{hours} h {minutes} min"),
+        _ => format!("{} d {} h", hours / 24, hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_spans_are_told_as_people_say_them() {
+        assert_eq!([bytes(5), bytes(1536), bytes(3 << 30)], ["5 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!(
+            [duration(0.44), duration(125.0), duration(11_520.0), duration(200_000.0)],
+            ["0.4 s", "2 min 5 s", "3 h 12 min", "2 d 7 h"]
+        );
+    }
+
+    #[test]
+    fn a_table_lines_its_columns_up() {
+        let rows = vec![vec!["1".into(), "x".into()], vec!["22".into(), "y".into()]];
+        assert_eq!(table(&["n", "name"], &rows), "n   name\n1   x\n22  y");
+    }
+}
