@@ -1,0 +1,5 @@
+//! PostgreSQL.
+
+pub mod connect;
+pub mod conninfo;
+pub mod postmaster;
