@@ -372,19 +372,21 @@ mod section {
     pub(super) const BLOCKS: u16 = 8;
     pub(super) const RMGRS: u16 = 9;
     pub(super) const FAULTS: u16 = 10;
-    pub(super) const ALL: [u16; 10] = [
-        INFO,
-        XACTS,
-        RESTORE_POINTS,
-        CHECKPOINTS,
-        TIMELINE_ENDS,
-        RUNNING_XACTS,
-        FILE_EVENTS,
-        BLOCKS,
-        RMGRS,
-        FAULTS,
-    ];
 }
+
+/// Every section that is written: its name on docs/format.md, its number, its version.
+pub const SECTIONS: [(&str, u16, u16); 10] = [
+    ("info", section::INFO, SECTION_VERSION),
+    ("xacts", section::XACTS, SECTION_VERSION),
+    ("restore_points", section::RESTORE_POINTS, SECTION_VERSION),
+    ("checkpoints", section::CHECKPOINTS, SECTION_VERSION),
+    ("timeline_ends", section::TIMELINE_ENDS, SECTION_VERSION),
+    ("running_xacts", section::RUNNING_XACTS, SECTION_VERSION),
+    ("file_events", section::FILE_EVENTS, SECTION_VERSION),
+    ("blocks", section::BLOCKS, SECTION_VERSION),
+    ("rmgrs", section::RMGRS, SECTION_VERSION),
+    ("faults", section::FAULTS, SECTION_VERSION),
+];
 
 /// The number of the section that [`SegmentInfo`] is.
 pub(crate) const INFO_SECTION: u16 = section::INFO;
@@ -415,7 +417,7 @@ impl SegmentIndex {
             self.encode_section(id, &mut w);
             (id, w.into_bytes())
         };
-        section::ALL.into_iter().map(encode).filter(|(_, bytes)| !bytes.is_empty()).collect()
+        SECTIONS.into_iter().map(|(_, id, _)| encode(id)).filter(|(_, bytes)| !bytes.is_empty()).collect()
     }
 
     fn encode_section(&self, id: u16, w: &mut Writer) {

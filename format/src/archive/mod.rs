@@ -15,7 +15,7 @@ pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectK
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, PackBuilder};
 pub use index::{
     AdmittedFault, CheckpointInfo, CheckpointKind, CommitKind, DroppedRelation, Ending, FileEvent,
-    FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts,
+    FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts, SECTIONS,
     SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
 pub use layout::{Layout, SystemLayout, WalObject};
