@@ -197,7 +197,16 @@ impl Manifest {
 
     /// Reads the object, and refuses a manifest whose paths leave the data directory or whose extents name no map.
     pub fn decode(object: &[u8]) -> Result<Self, Corrupt> {
-        let manifest: Self = Envelope::open_json(object, ObjectKind::Manifest)?;
+        Self::check(Envelope::open_json(object, ObjectKind::Manifest)?)
+    }
+
+    /// Reads the JSON inside the object, and refuses what [`Manifest::decode`] does.
+    pub fn from_json(json: &str) -> Result<Self, Corrupt> {
+        let parsed = serde_json::from_str(json);
+        Self::check(parsed.map_err(|e| Corrupt::invalid("json", 0, e.column() as u64))?)
+    }
+
+    fn check(manifest: Self) -> Result<Self, Corrupt> {
         let maps = manifest.maps.len() as u64;
         for (i, file) in (0u64..).zip(&manifest.files) {
             if !is_inside(&file.path) {
