@@ -247,44 +247,160 @@ pub struct StartedBackup {
     pub parent: Option<BackupId>,
 }
 
-/// What a drill restored, checked and measured.
+/// What a drill restored, checked and measured. A drill that failed is recorded too, with as much as it found out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrillRecord {
-    /// Its name.
+    /// Its name: when it started and four hexadecimal digits.
     pub id: String,
+    /// The first drill of the call that made it, where that call made several.
+    #[serde(default)]
+    pub series: Option<String>,
     /// When it started.
     pub started: TimestampTz,
-    /// The backup restored.
-    pub backup: BackupId,
+    /// When it ended.
+    pub ended: TimestampTz,
+    /// The machine it ran on.
+    #[serde(default)]
+    pub host: String,
+    /// How it went.
+    pub verdict: DrillVerdict,
+    /// Why it ended early, if it did.
+    #[serde(default)]
+    pub error: Option<String>,
     /// The target, in words.
     pub target: String,
+    /// What chose the target, where chance did.
+    #[serde(default)]
+    pub seed: Option<u64>,
+    /// The backup restored; none where no plan could be made.
+    pub backup: Option<BackupId>,
+    /// The version of the server that was started.
+    #[serde(default)]
+    pub server_version: Option<String>,
+    /// The timeline that recovery followed.
+    #[serde(default)]
+    pub timeline: Option<TimelineId>,
     /// Where recovery ended.
     pub end_lsn: Option<Lsn>,
-    /// Whether everything held.
-    pub passed: bool,
-    /// The phases, in order, with their seconds.
-    pub phases: Vec<(String, f64)>,
-    /// The checks: what, whether it held, what was found.
+    /// The last commit recovered, as the index knows it.
+    #[serde(default)]
+    pub last_commit: Option<DrillCommit>,
+    /// The phases, in order.
+    pub phases: Vec<DrillPhase>,
+    /// The checks, in order.
     pub checks: Vec<DrillCheck>,
-    /// Recovery time: seconds from the start until the server answered.
+    /// Recovery time: seconds from the start until the server answered at the target.
     pub rto_seconds: Option<f64>,
-    /// Recovery point: seconds between the last commit recovered and the moment asked for (or now, for `latest`).
+    /// Recovery point: seconds between the last commit recovered and the moment asked for (or the start, for `latest`).
     pub rpo_seconds: Option<f64>,
     /// Bytes restored from the base backup.
     pub restored_bytes: u64,
-    /// Bytes of WAL replayed.
+    /// Bytes of WAL between the base backup's start and the target.
     pub wal_bytes: u64,
+    /// Settings that the backup brought along and the scratch server did not get.
+    #[serde(default)]
+    pub settings: Vec<DrillSetting>,
+    /// What a reader of the result should know.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// How a drill went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrillVerdict {
+    /// Everything held.
+    Passed,
+    /// Something did not hold that the archive cannot be blamed for: a check, the machine, the installation.
+    Failed,
+    /// The archive is damaged or incomplete, or what came out of it is.
+    ArchiveAtFault,
+}
+
+impl DrillVerdict {
+    /// Whether everything held.
+    pub const fn passed(self) -> bool {
+        matches!(self, Self::Passed)
+    }
+
+    /// The graver of two.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::ArchiveAtFault, _) | (_, Self::ArchiveAtFault) => Self::ArchiveAtFault,
+            (Self::Failed, _) | (_, Self::Failed) => Self::Failed,
+            (Self::Passed, Self::Passed) => Self::Passed,
+        }
+    }
+}
+
+/// A commit that a drill looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrillCommit {
+    /// The transaction.
+    pub xid: u32,
+    /// End of its commit record.
+    pub lsn: Lsn,
+    /// When it was committed.
+    pub time: TimestampTz,
+}
+
+/// One phase of a drill.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DrillPhase {
+    /// Its name.
+    pub name: String,
+    /// How long it took.
+    pub seconds: f64,
 }
 
 /// One check of a drill.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrillCheck {
     /// What was checked.
     pub name: String,
     /// Whether it held.
-    pub passed: bool,
+    pub outcome: DrillOutcome,
     /// What was found.
     pub detail: String,
+    /// How long it took.
+    #[serde(default)]
+    pub seconds: f64,
+}
+
+/// Whether a check held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrillOutcome {
+    /// It held.
+    Passed,
+    /// It did not.
+    Failed,
+    /// It could not be made, for the reason given.
+    Skipped,
+}
+
+/// A setting of the cluster that a scratch server did not get.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrillSetting {
+    /// Its name.
+    pub name: String,
+    /// Its value in the cluster.
+    pub found: String,
+    /// Its value in the scratch server.
+    pub used: String,
+}
+
+impl DrillRecord {
+    /// The object's bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        Envelope::seal_json(ObjectKind::Json, self)
+    }
+
+    /// Reads the object.
+    pub fn decode(object: &[u8]) -> Result<Self, Corrupt> {
+        Envelope::open_json(object, ObjectKind::Json)
+    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ pub use index::{
 };
 pub use layout::{Layout, SystemLayout, WalObject};
 pub use manifest::{
-    BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillRecord, Manifest, ManifestDirectory,
-    ManifestFile, ManifestStats, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+    BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
+    DrillRecord, DrillSetting, DrillVerdict, Manifest, ManifestDirectory, ManifestFile, ManifestStats,
+    StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use stored_segment::{SegmentDirectory, StoredSegment, encode_segment};
