@@ -6,4 +6,5 @@
     allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::cast_sign_loss)
 )]
 
+pub mod catalog;
 pub mod engines;

@@ -41,12 +41,15 @@ pub struct BackupEntry {
 }
 
 /// `<id>.keep`: a pin against retention.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, serde::Deserialize)]
 pub struct Keep {
     /// When it was pinned.
     pub since: TimestampTz,
     /// The operator's words.
     pub reason: Option<String>,
+    /// Whether it is kept as it is, restorable to its own end only: the WAL behind that may go.
+    #[serde(default)]
+    pub standalone: bool,
 }
 
 /// A stored copy of a segment.

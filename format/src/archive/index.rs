@@ -372,6 +372,21 @@ mod section {
     pub(super) const BLOCKS: u16 = 8;
     pub(super) const RMGRS: u16 = 9;
     pub(super) const FAULTS: u16 = 10;
+    /// In the order they are written: what a catalogue needs comes last, so that one short read of an
+    /// object's end holds it.
+    pub(super) const WRITTEN: [u16; 10] = [
+        BLOCKS,
+        XACTS,
+        FILE_EVENTS,
+        RUNNING_XACTS,
+        CHECKPOINTS,
+        TIMELINE_ENDS,
+        RMGRS,
+        RESTORE_POINTS,
+        FAULTS,
+        INFO,
+    ];
+    pub(super) const SUMMARY: [u16; 3] = [RESTORE_POINTS, FAULTS, INFO];
 }
 
 /// Every section that is written: its name on docs/format.md, its number, its version.
@@ -390,6 +405,8 @@ pub const SECTIONS: [(&str, u16, u16); 10] = [
 
 /// The number of the section that [`SegmentInfo`] is.
 pub(crate) const INFO_SECTION: u16 = section::INFO;
+/// The sections that a catalogue needs.
+pub(crate) const SUMMARY_SECTIONS: [u16; 3] = section::SUMMARY;
 /// The version of every section that is written.
 pub(crate) const SECTION_VERSION: u16 = 1;
 
@@ -417,7 +434,7 @@ impl SegmentIndex {
             self.encode_section(id, &mut w);
             (id, w.into_bytes())
         };
-        SECTIONS.into_iter().map(|(_, id, _)| encode(id)).filter(|(_, bytes)| !bytes.is_empty()).collect()
+        section::WRITTEN.into_iter().map(encode).filter(|(_, bytes)| !bytes.is_empty()).collect()
     }
 
     fn encode_section(&self, id: u16, w: &mut Writer) {

@@ -3,7 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, decompress};
-use super::index::{INFO_SECTION, SECTION_VERSION, SegmentIndex, SegmentInfo, decode_info};
+use super::index::{INFO_SECTION, SECTION_VERSION, SUMMARY_SECTIONS, SegmentIndex, SegmentInfo, decode_info};
 use crate::error::{Corrupt, Problem};
 use crate::reader::{Reader, Writer};
 
@@ -194,7 +194,25 @@ impl SegmentDirectory {
         Ok(index)
     }
 
-    /// Reads the index's first section alone.
+    /// Reads what a catalogue needs: the index's info, restore points and faults, nothing else. `Ok(Err(n))`
+    /// says that `n` bytes of tail are needed.
+    pub fn summary(&self, tail: &[u8], object_bytes: u64) -> Result<Result<SegmentIndex, u64>, Corrupt> {
+        let wanted = |id: &u16, version: &u16| SUMMARY_SECTIONS.contains(id) && *version == SECTION_VERSION;
+        let parts = || self.sections.iter().filter(|(id, version, _)| wanted(id, version));
+        let from = parts().map(|(_, _, s)| s.at).min().unwrap_or(self.sections_at);
+        let needed = object_bytes.saturating_sub(from);
+        if needed > tail.len() as u64 {
+            return Ok(Err(needed));
+        }
+        let mut index = SegmentIndex::new(self.info(tail, object_bytes)?);
+        for (id, _, stretch) in parts().filter(|(id, _, _)| *id != INFO_SECTION) {
+            let raw = Self::in_tail(*stretch, tail, object_bytes)?;
+            index.decode_section(*id, &raw).map_err(|e| e.offset_by(stretch.at))?;
+        }
+        Ok(Ok(index))
+    }
+
+    /// Reads the info section alone.
     pub fn info(&self, tail: &[u8], object_bytes: u64) -> Result<SegmentInfo, Corrupt> {
         let info =
             self.sections.iter().find(|(id, version, _)| *id == INFO_SECTION && *version == SECTION_VERSION);
@@ -356,7 +374,13 @@ mod tests {
             prop_assert!(back.wal == wal);
             let directory = SegmentDirectory::decode(&object, object.len() as u64).unwrap().unwrap();
             let tail = &object[object.len() - directory.tail_bytes(object.len() as u64) as usize..];
-            prop_assert_eq!(directory.index(tail, object.len() as u64).unwrap(), index);
+            prop_assert_eq!(&directory.index(tail, object.len() as u64).unwrap(), &index);
+            let summary = directory.summary(tail, object.len() as u64).unwrap().unwrap();
+            let faults = (&summary.faults, &summary.restore_points);
+            prop_assert_eq!((&summary.info, faults), (&index.info, (&index.faults, &index.restore_points)));
+            let Err(needed) = directory.summary(&tail[tail.len() - 32..], object.len() as u64).unwrap() else { panic!() };
+            let short = &object[object.len() - needed as usize..];
+            prop_assert_eq!(directory.summary(short, object.len() as u64).unwrap().unwrap(), summary);
         }
 
         #[test]
