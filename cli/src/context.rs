@@ -96,6 +96,18 @@ impl Context {
         })
     }
 
+    /// The arguments that make another run of this program mean the same archive, cluster and configuration.
+    pub(crate) fn own_arguments(&self) -> Result<Vec<String>, Failure> {
+        let (url, layout) = (self.archive_url()?.to_string(), self.layout()?);
+        let mut arguments = vec!["--archive".into(), url, "--cluster".into(), layout.cluster().to_owned()];
+        if let Some(path) = &self.config_path {
+            let path =
+                path.to_str().ok_or_else(|| Failure::usage("the configuration file's path is not UTF-8"))?;
+            arguments.extend(["--config".into(), path.to_owned()]);
+        }
+        Ok(arguments)
+    }
+
     /// The archive, once its own object says that it is one and of a version that is known.
     pub(crate) async fn archive(&self) -> Result<Archive, Failure> {
         let archive = Archive::open(&self.archive_url()?).await?;

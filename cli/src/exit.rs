@@ -9,6 +9,10 @@ use crate::output;
 /// What the caller reads from `fetch` when it is anything but "not there".
 const FETCH_FAILED: u8 = 126;
 
+/// Stands for the one failure of `fetch` that PostgreSQL reads as "not there". No other failure may, so it is not 1,
+/// which any error is unless somebody says otherwise.
+const NOT_THERE: u8 = 255;
+
 /// Whether PostgreSQL reads the status as its restore_command's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verb {
@@ -69,9 +73,24 @@ impl Failure {
         Self::message(status, "")
     }
 
+    /// What PostgreSQL asked for is not in the archive.
+    pub(crate) fn not_there(text: impl Into<String>) -> Self {
+        Self::message(NOT_THERE, text)
+    }
+
+    /// Whether it is that.
+    pub(crate) fn is_not_there(&self) -> bool {
+        self.status == NOT_THERE
+    }
+
     /// What to do about it.
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// What went wrong, in words.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     /// The same with another status.
@@ -109,7 +128,7 @@ pub(crate) fn report(failure: &Failure, verb: Verb) -> ExitCode {
     }
     match (verb, failure.status) {
         (Verb::Fetch, 0) => ExitCode::SUCCESS,
-        (Verb::Fetch, 1) => ExitCode::from(1),
+        (Verb::Fetch, NOT_THERE) => ExitCode::from(1),
         (Verb::Fetch, _) => ExitCode::from(FETCH_FAILED),
         (Verb::Other, status) => ExitCode::from(status),
     }
@@ -140,6 +159,15 @@ pub(crate) fn install_panic_hook(verb: Verb) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_not_there_is_told_to_postgresql_as_1() {
+        let status = |f: Failure| format!("{:?}", report(&f, Verb::Fetch));
+        assert_eq!(status(Failure::not_there("")), format!("{:?}", ExitCode::from(1)));
+        for other in [Failure::silent(1), Failure::usage(""), Failure::silent(3)] {
+            assert_eq!(status(other), format!("{:?}", ExitCode::from(126)));
+        }
+    }
 
     #[test]
     fn fetch_is_known_even_where_the_parser_refuses_the_rest() {

@@ -1,6 +1,7 @@
 //! One small file per verb.
 
 mod completions;
+mod fetch;
 mod man;
 
 use clap::Subcommand;
@@ -11,6 +12,7 @@ use crate::exit::Failure;
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Fetch(fetch::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -18,6 +20,7 @@ pub(crate) enum Command {
 /// Runs a verb.
 pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
+        Command::Fetch(args) => fetch::run(args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),
     }

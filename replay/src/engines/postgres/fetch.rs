@@ -1,0 +1,452 @@
+//! `waltide fetch`, PostgreSQL's restore_command: one file of WAL, checked before it gets its name.
+//!
+//! PostgreSQL reads "the archive ends here" from every failure that it does not read as fatal, and goes on with
+//! data missing. So "not there" is answered only where an archive that is surely ours surely lacks the file.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use waltide_format::archive::{
+    Ending, Envelope, Layout, ObjectKind, StoredSegment, SystemInfo, SystemLayout, WalFile, WalObject,
+};
+use waltide_format::{Corrupt, Reader, SegmentName, SystemId, WalFileName};
+use waltide_storage::{Archive, ArchiveUrl, Bytes, StorageError};
+
+use super::queue::{Queue, ReadAhead, Wanted, remove_unfinished};
+
+/// The largest segment, stored as it is, and its index.
+const SEGMENT_OBJECT_BYTES_MAX: u64 = (1 << 30) + (256 << 20);
+/// No history file, backup note or JSON object is larger.
+const SMALL_OBJECT_BYTES_MAX: u64 = 1 << 20;
+/// The waits between attempts to reach the archive.
+const RETRIES: [Duration; 3] =
+    [Duration::from_millis(100), Duration::from_millis(400), Duration::from_millis(1500)];
+/// How many segments are brought at once by someone who reads ahead.
+const AHEAD_AT_ONCE: usize = 2;
+
+/// Why a file was not handed over.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The archive is there, is the right one, and has no such file.
+    #[error("{path} is not in the archive")]
+    NotThere {
+        /// The object.
+        path: String,
+    },
+    /// Something answers under the archive's address, and it is no archive: not mounted, most likely.
+    #[error("{url} holds no waltide.json\nhint: is the archive mounted there?")]
+    NoArchive {
+        /// The archive's address.
+        url: String,
+    },
+    /// The archive has nothing of this system.
+    #[error(
+        "cluster {cluster} of the archive has no system {system}\nhint: --cluster and --archive must be those that this database's WAL was pushed to"
+    )]
+    NoSystem {
+        /// The cluster's name.
+        cluster: String,
+        /// The system identifier looked for, or words for any.
+        system: String,
+    },
+    /// The archive could not be asked.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The object's bytes are not what was stored.
+    #[error(
+        "{path} is damaged\nhint: run `waltide verify`; a copy of the segment may still be in a server's pg_wal"
+    )]
+    Damaged {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        source: Corrupt,
+    },
+    /// The object holds something else than its name says.
+    #[error(
+        "{path} holds {found}, not {expected}\nhint: run `waltide verify`; do not use this archive to restore"
+    )]
+    Foreign {
+        /// The object.
+        path: String,
+        /// What it says it is.
+        found: String,
+        /// What was asked for.
+        expected: String,
+    },
+    /// A file on this machine could not be used.
+    #[error("cannot {doing} {path}")]
+    Local {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+/// What PostgreSQL must be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchOutcome {
+    /// Exit 1: the archive ends here.
+    NotThere,
+    /// Exit 1 as well, with a warning: a standby tries again by itself, and a failure would end it.
+    TryAgain,
+    /// Exit 126: recovery must stop.
+    Failed,
+}
+
+impl FetchError {
+    /// What PostgreSQL, working in `data_dir`, must be told.
+    pub fn outcome(&self, data_dir: &Path) -> FetchOutcome {
+        let unreachable =
+            matches!(self, Self::NoArchive { .. } | Self::Storage(StorageError::Unreachable { .. }));
+        match self {
+            Self::NotThere { .. } => FetchOutcome::NotThere,
+            _ if unreachable && data_dir.join("standby.signal").exists() => FetchOutcome::TryAgain,
+            _ => FetchOutcome::Failed,
+        }
+    }
+
+    /// Whether another attempt may help.
+    fn is_passing(&self) -> bool {
+        matches!(self, Self::Storage(StorageError::Unreachable { .. }))
+    }
+}
+
+/// What to bring, and where to.
+#[derive(Debug, Clone)]
+pub struct FetchRequest {
+    /// The file: `%f`.
+    pub name: WalFileName,
+    /// Where it belongs: `%p`.
+    pub dest: PathBuf,
+    /// The data directory: the working directory of a restore_command.
+    pub data_dir: PathBuf,
+    /// The system it must be of, where the data directory does not say so.
+    pub system_id: Option<SystemId>,
+    /// How far to read ahead.
+    pub ahead: ReadAhead,
+}
+
+/// A file that was brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// Its length.
+    pub bytes: u64,
+    /// Whether it had been brought before.
+    pub from_queue: bool,
+    /// What is worth bringing next, by a process of its own ([`Fetcher::read_ahead`]).
+    pub ahead: Option<Wanted>,
+}
+
+/// An archive to fetch from.
+#[derive(Debug)]
+pub struct Fetcher {
+    archive: Archive,
+    layout: Layout,
+}
+
+impl Fetcher {
+    /// Opens the archive, trying more than once.
+    pub async fn open(url: &ArchiveUrl, layout: Layout) -> Result<Self, FetchError> {
+        let archive = retrying(async || Ok(Archive::open(url).await?)).await?;
+        Ok(Self::new(archive, layout))
+    }
+
+    /// Fetches from an archive that is open.
+    pub const fn new(archive: Archive, layout: Layout) -> Self {
+        Self { archive, layout }
+    }
+
+    /// Brings a file: under its name lie all of its bytes, synced, or it is not touched.
+    pub async fn fetch(&self, request: &FetchRequest) -> Result<Fetched, FetchError> {
+        let dest = request.data_dir.join(&request.dest);
+        let system = self.system_of(request).await?;
+        let layout = self.layout.system(system);
+        let queue = self.queue(request, system);
+        let WalFileName::Segment(name) = request.name else {
+            // Recovery asks for history files where it begins and where it ends.
+            if let (WalFileName::History(_), Some(queue)) = (request.name, &queue) {
+                queue.clear();
+            }
+            let contents = self.other_file(&layout, system, request.name).await?;
+            write(&dest, &contents, contents.len() as u64)?;
+            return Ok(Fetched { bytes: contents.len() as u64, from_queue: false, ahead: None });
+        };
+        let local = |source| FetchError::Local { doing: "use the queue for", path: dest.clone(), source };
+        if let Some(queue) = &queue
+            && let Some(bytes) = queue.take(name, &dest).map_err(local)?
+        {
+            let size = waltide_format::SegmentSize::new(bytes);
+            let ahead =
+                size.and_then(|size| next_ahead(queue, Wanted { after: name, size, system }, request));
+            return Ok(Fetched { bytes, from_queue: true, ahead });
+        }
+        let segment = self.segment(&layout, system, name).await?;
+        let size = segment.index.info.size;
+        write(&dest, &segment.wal, size.bytes())?;
+        // A segment whose log ends inside is the archive's last.
+        let ended = segment.index.info.ending == Ending::EndOfLog;
+        let ahead = queue.filter(|_| !ended);
+        let ahead = ahead.and_then(|q| next_ahead(&q, Wanted { after: name, size, system }, request));
+        Ok(Fetched { bytes: size.bytes(), from_queue: false, ahead })
+    }
+
+    /// Fills the queue with the segments that follow. Done at once where another process is at it.
+    pub async fn read_ahead(&self, request: &FetchRequest, wanted: Wanted) -> Result<u64, FetchError> {
+        let Some(queue) = self.queue(request, wanted.system) else { return Ok(0) };
+        let local =
+            |source| FetchError::Local { doing: "fill the queue for", path: request.dest.clone(), source };
+        let Some(_lock) = queue.lock().map_err(local)? else { return Ok(0) };
+        let layout = self.layout.system(wanted.system);
+        let following = std::iter::successors(wanted.after.next(wanted.size), |n| n.next(wanted.size));
+        let count = usize::try_from(request.ahead.count(wanted.size)).unwrap_or(0);
+        let missing: Vec<_> = following.take(count).filter(|name| !queue.holds(*name)).collect();
+        let bring = |name| {
+            let layout = &layout;
+            async move { Ok::<_, FetchError>((name, self.segment(layout, wanted.system, name).await?)) }
+        };
+        let brought = futures_util::stream::iter(missing).map(bring).buffered(AHEAD_AT_ONCE);
+        let put = async |count: u64, (name, segment): (SegmentName, StoredSegment)| {
+            // A longer copy of a segment whose log ends inside may come while this one waits.
+            let info = &segment.index.info;
+            let final_copy = matches!(info.ending, Ending::Full | Ending::Switch) && info.size == wanted.size;
+            let whole = segment.wal.len() as u64 == info.size.bytes();
+            match final_copy && whole && queue.put(name, &segment.wal, request.ahead).map_err(local)? {
+                true => Ok(count.saturating_add(1)),
+                false => Err(FetchError::NotThere { path: layout.wal_file(WalFileName::Segment(name)) }),
+            }
+        };
+        match brought.try_fold(0, put).await {
+            Err(FetchError::NotThere { .. }) => Ok(0),
+            other => other,
+        }
+    }
+
+    fn queue(&self, request: &FetchRequest, system: SystemId) -> Option<Queue> {
+        (request.ahead.segments > 0).then_some(())?;
+        let source = (self.archive.url(), self.layout.cluster(), system.get());
+        Queue::beside(&request.dest, &request.data_dir, source)
+    }
+
+    /// The system whose WAL is wanted: the one that the data directory is of, else the one named, else the newest.
+    async fn system_of(&self, request: &FetchRequest) -> Result<SystemId, FetchError> {
+        if let Some(found) = system_of_data_dir(&request.data_dir)? {
+            return Ok(found);
+        }
+        match request.system_id {
+            Some(named) => Ok(named),
+            None => Ok(self.newest_system().await?.system_id),
+        }
+    }
+
+    async fn newest_system(&self) -> Result<SystemInfo, FetchError> {
+        let listing = retrying(async || Ok(self.archive.list_names(&self.layout.prefix()).await?)).await?;
+        let mut newest: Option<SystemInfo> = None;
+        for system in listing.dirs.iter().filter_map(|d| d.parse::<SystemId>().ok()) {
+            let path = self.layout.system(system).system_json();
+            let object = match self.get(&path, SMALL_OBJECT_BYTES_MAX).await {
+                Err(FetchError::Storage(e)) if e.is_not_found() => continue,
+                other => other?,
+            };
+            let info: SystemInfo = Envelope::open_json(&object, ObjectKind::Json)
+                .map_err(|source| FetchError::Damaged { path, source })?;
+            if newest.as_ref().is_none_or(|n| n.created < info.created) {
+                newest = Some(info);
+            }
+        }
+        match newest {
+            Some(info) => Ok(info),
+            None => Err(self.nothing_of(None).await),
+        }
+    }
+
+    /// Why the archive has nothing of a system.
+    async fn nothing_of(&self, system: Option<SystemId>) -> FetchError {
+        match self.there(Layout::WALTIDE_JSON).await {
+            Ok(false) => FetchError::NoArchive { url: self.archive.url().to_owned() },
+            Ok(true) => FetchError::NoSystem {
+                cluster: self.layout.cluster().to_owned(),
+                system: system.map_or("at all".to_owned(), |s| s.to_string()),
+            },
+            Err(e) => e,
+        }
+    }
+
+    /// "Not there", once the archive has proved that it is the one that would have it.
+    async fn not_there(&self, layout: &SystemLayout, system: SystemId, path: String) -> FetchError {
+        match self.there(&layout.system_json()).await {
+            Ok(true) => FetchError::NotThere { path },
+            Ok(false) => self.nothing_of(Some(system)).await,
+            Err(e) => e,
+        }
+    }
+
+    async fn there(&self, path: &str) -> Result<bool, FetchError> {
+        retrying(async || Ok(self.archive.head(path).await?.is_some())).await
+    }
+
+    async fn get(&self, path: &str, bytes_max: u64) -> Result<Bytes, FetchError> {
+        retrying(async || Ok(self.archive.get(path, bytes_max).await?)).await
+    }
+
+    /// The copy of a segment that reaches furthest, checked.
+    async fn segment(
+        &self,
+        layout: &SystemLayout,
+        system: SystemId,
+        name: SegmentName,
+    ) -> Result<StoredSegment, FetchError> {
+        let of = WalFileName::Segment(name);
+        let plain = match self.copy(layout.wal_file(of), system, name).await {
+            Err(FetchError::Storage(e)) if e.is_not_found() => {
+                return Err(self.not_there(layout, system, layout.wal_file(of)).await);
+            }
+            other => other,
+        };
+        // Only a copy whose log ends inside, or that is damaged, can have a longer one beside it.
+        let settled = |s: &StoredSegment| matches!(s.index.info.ending, Ending::Full | Ending::Switch);
+        if plain.as_ref().is_ok_and(settled) || matches!(plain, Err(FetchError::Storage(_))) {
+            return plain;
+        }
+        let listed =
+            retrying(async || Ok(self.archive.list_names(&layout.timeline(name.timeline())).await?)).await?;
+        let longer = listed.objects.iter().filter_map(|o| match layout.parse_wal(&o.path)? {
+            WalObject::Longer { of: found, valid_end } if found == of => Some((valid_end, o.path.clone())),
+            _ => None,
+        });
+        match longer.max() {
+            Some((_, path)) => self.copy(path, system, name).await,
+            None => plain,
+        }
+    }
+
+    async fn copy(
+        &self,
+        path: String,
+        system: SystemId,
+        name: SegmentName,
+    ) -> Result<StoredSegment, FetchError> {
+        let object = self.get(&path, SEGMENT_OBJECT_BYTES_MAX).await?;
+        let checked = tokio::task::spawn_blocking(move || check(&object, path, system, name)).await;
+        checked.expect("checking a segment does not panic")
+    }
+
+    /// A `.history`, `.backup` or `.partial`, checked.
+    async fn other_file(
+        &self,
+        layout: &SystemLayout,
+        system: SystemId,
+        name: WalFileName,
+    ) -> Result<Vec<u8>, FetchError> {
+        let path = layout.wal_file(name);
+        if let WalFileName::Partial(segment) = name {
+            let copy = self.copy(path.clone(), system, segment).await;
+            return match copy {
+                Err(FetchError::Storage(e)) if e.is_not_found() => {
+                    Err(self.not_there(layout, system, path).await)
+                }
+                Ok(found) => {
+                    let mut wal = found.wal;
+                    wal.resize(usize::try_from(found.index.info.size.bytes()).unwrap_or(0), 0);
+                    Ok(wal)
+                }
+                Err(e) => Err(e),
+            };
+        }
+        let object = match self.get(&path, SMALL_OBJECT_BYTES_MAX).await {
+            Err(FetchError::Storage(e)) if e.is_not_found() => {
+                return Err(self.not_there(layout, system, path).await);
+            }
+            other => other?,
+        };
+        let file =
+            WalFile::decode(&object).map_err(|source| FetchError::Damaged { path: path.clone(), source })?;
+        if file.name != name {
+            let (found, expected) = (file.name.to_string(), name.to_string());
+            return Err(FetchError::Foreign { path, found, expected });
+        }
+        Ok(file.contents)
+    }
+}
+
+/// Everything that a stored segment must be before a server may read it.
+fn check(
+    object: &[u8],
+    path: String,
+    system: SystemId,
+    name: SegmentName,
+) -> Result<StoredSegment, FetchError> {
+    let segment = match StoredSegment::decode(object) {
+        Ok(segment) => segment,
+        Err(source) => return Err(FetchError::Damaged { path, source }),
+    };
+    let info = &segment.index.info;
+    if (info.system_id, info.name) != (system, name) {
+        let found = format!("{} of system {}", info.name, info.system_id);
+        return Err(FetchError::Foreign { path, found, expected: format!("{name} of system {system}") });
+    }
+    Ok(segment)
+}
+
+fn next_ahead(queue: &Queue, wanted: Wanted, request: &FetchRequest) -> Option<Wanted> {
+    queue.tidy(wanted.after, wanted.size, request.ahead);
+    let count = request.ahead.count(wanted.size);
+    let following = std::iter::successors(wanted.after.next(wanted.size), |n| n.next(wanted.size));
+    let held = following.take(usize::try_from(count).unwrap_or(0)).filter(|n| queue.holds(*n)).count();
+    let low = (held as u64).saturating_mul(2) <= count;
+    (count > 0 && low && queue.has_room(request.ahead)).then_some(wanted)
+}
+
+async fn retrying<T>(attempt: impl AsyncFn() -> Result<T, FetchError>) -> Result<T, FetchError> {
+    for wait in RETRIES {
+        match attempt().await {
+            Err(e) if e.is_passing() => tracing::info!("{e}, trying again in {wait:?}"),
+            other => return other,
+        }
+        tokio::time::sleep(wait).await;
+    }
+    attempt().await
+}
+
+/// The system identifier in pg_control; none where there is no pg_control.
+fn system_of_data_dir(data_dir: &Path) -> Result<Option<SystemId>, FetchError> {
+    let path = data_dir.join("global/pg_control");
+    let mut first = [0; 8];
+    match File::open(&path).and_then(|mut file| file.read_exact(&mut first)) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(FetchError::Local { doing: "read", path, source }),
+    }
+    match Reader::new(&first).u64("system_identifier") {
+        Ok(found) => Ok(Some(found.into())),
+        Err(source) => Err(FetchError::Damaged { path: path.display().to_string(), source }),
+    }
+}
+
+/// Writes `contents` and zeros up to `bytes` under another name, syncs them, and gives them their name.
+fn write(dest: &Path, contents: &[u8], bytes: u64) -> Result<(), FetchError> {
+    let file_name = dest.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let dir = dest.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    remove_unfinished(dir, &file_name);
+    let unfinished = dir.join(format!("{file_name}.tmp-{}", std::process::id()));
+    let put = || {
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+        file.write_all(contents)?;
+        file.set_len(bytes)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, dest)?;
+        File::open(dir)?.sync_all()
+    };
+    put().map_err(|source| {
+        let _ = fs::remove_file(&unfinished);
+        FetchError::Local { doing: "write", path: dest.to_owned(), source }
+    })
+}

@@ -1,0 +1,266 @@
+//! Segments brought ahead of PostgreSQL's asking, in a bounded place beside pg_wal's own files.
+//!
+//! An entry is named `<segment>.<source>.<crc>`: the source says which archive, cluster and system it came out
+//! of, the checksum covers its bytes. What does not fit its name is never handed over. PostgreSQL ignores the
+//! directory, and backups leave pg_wal's contents out.
+
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use waltide_format::{SegmentName, SegmentSize, SystemId};
+
+/// The directory's name in pg_wal.
+const DIR: &str = "waltide-queue";
+/// The file whose lock says that someone is filling the queue.
+const LOCK: &str = "lock";
+
+/// How far to read ahead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadAhead {
+    /// So many segments at the most.
+    pub segments: u64,
+    /// So many bytes at the most.
+    pub bytes: u64,
+}
+
+impl Default for ReadAhead {
+    fn default() -> Self {
+        Self { segments: 8, bytes: 128 << 20 }
+    }
+}
+
+impl ReadAhead {
+    /// How many segments of this size that is.
+    pub(crate) fn count(self, size: SegmentSize) -> u64 {
+        self.segments.min(self.bytes.checked_div(size.bytes()).unwrap_or(0))
+    }
+}
+
+/// What a reader that goes ahead should bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// The segment that PostgreSQL was given last.
+    pub after: SegmentName,
+    /// Its size.
+    pub size: SegmentSize,
+    /// The system it belongs to.
+    pub system: SystemId,
+}
+
+/// The queue of one pg_wal, as filled from one source.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    dir: PathBuf,
+    source: String,
+}
+
+struct Entry {
+    path: PathBuf,
+    name: SegmentName,
+    source: String,
+    crc: u32,
+    bytes: u64,
+}
+
+impl Queue {
+    /// The queue beside `dest`, where that is a file in the pg_wal of a data directory; none elsewhere.
+    pub(crate) fn beside(dest: &Path, data_dir: &Path, source: impl std::hash::Hash) -> Option<Self> {
+        let dest = data_dir.join(dest);
+        let pg_wal = dest.parent().filter(|p| *p == data_dir.join("pg_wal"))?;
+        data_dir.join("PG_VERSION").is_file().then_some(())?;
+        // The key need only be the same in the runs of one build: entries live for minutes.
+        let mut hasher = DefaultHasher::new();
+        (source, env!("CARGO_PKG_VERSION")).hash(&mut hasher);
+        Some(Self { dir: pg_wal.join(DIR), source: format!("{:016x}", hasher.finish()) })
+    }
+
+    fn entries(&self) -> Vec<Entry> {
+        let Ok(dir) = fs::read_dir(&self.dir) else { return Vec::new() };
+        let entry = |e: fs::DirEntry| {
+            let file = e.file_name().into_string().ok()?;
+            let mut parts = file.split('.');
+            let (name, source, crc) = (parts.next()?, parts.next()?, parts.next()?);
+            let crc = u32::from_str_radix(crc, 16).ok().filter(|_| parts.next().is_none())?;
+            let bytes = e.metadata().ok()?.len();
+            Some(Entry { path: e.path(), name: name.parse().ok()?, source: source.to_owned(), crc, bytes })
+        };
+        dir.flatten().filter_map(entry).collect()
+    }
+
+    /// Whether a segment is there; its bytes are not looked at.
+    pub(crate) fn holds(&self, name: SegmentName) -> bool {
+        self.entries().iter().any(|e| e.name == name && e.source == self.source)
+    }
+
+    /// Hands a segment over under the name `dest` and says whether it was there. One whose bytes are not what they
+    /// were is removed.
+    pub(crate) fn take(&self, name: SegmentName, dest: &Path) -> io::Result<Option<u64>> {
+        for entry in self.entries().into_iter().filter(|e| e.name == name && e.source == self.source) {
+            let whole = SegmentSize::new(entry.bytes).is_some();
+            if whole && crc32fast::hash(&fs::read(&entry.path)?) == entry.crc {
+                fs::rename(&entry.path, dest)?;
+                return Ok(Some(entry.bytes));
+            }
+            tracing::warn!("{} is damaged and was not used", entry.path.display());
+            fs::remove_file(&entry.path)?;
+        }
+        Ok(None)
+    }
+
+    /// Puts a whole, checked segment down. False where the queue holds as much as it may or was taken away.
+    pub(crate) fn put(&self, name: SegmentName, wal: &[u8], limit: ReadAhead) -> io::Result<bool> {
+        let held = self.entries().iter().fold(0u64, |sum, e| sum.saturating_add(e.bytes));
+        if held.saturating_add(wal.len() as u64) > limit.bytes || !self.dir.is_dir() {
+            return Ok(false);
+        }
+        let unfinished = self.dir.join(format!("{name}.tmp-{}", std::process::id()));
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished);
+        let written = file.and_then(|mut file| {
+            file.write_all(wal)?;
+            file.sync_data()?;
+            let name = format!("{name}.{}.{:08x}", self.source, crc32fast::hash(wal));
+            fs::rename(&unfinished, self.dir.join(name))
+        });
+        match written {
+            Ok(()) => Ok(true),
+            Err(e) => {
+                let _ = fs::remove_file(&unfinished);
+                if e.kind() == io::ErrorKind::NotFound { Ok(false) } else { Err(e) }
+            }
+        }
+    }
+
+    /// Removes what PostgreSQL, now given `current`, has no more use for, and what killed writers left.
+    pub(crate) fn tidy(&self, current: SegmentName, size: SegmentSize, limit: ReadAhead) {
+        let Some(start) = current.start(size) else { return };
+        let reach = limit.count(size).saturating_mul(2).saturating_mul(size.bytes());
+        for entry in self.entries() {
+            let useful = entry.source == self.source
+                && entry.name.start(size).is_some_and(|s| s > start && s.bytes_since(start) <= reach);
+            if !useful {
+                let _ = fs::remove_file(&entry.path);
+            }
+        }
+        remove_unfinished(&self.dir, "");
+    }
+
+    /// Removes the queue. Someone who is filling it finds it gone and stops.
+    pub(crate) fn clear(&self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+
+    /// Makes the queue where it is missing, and takes it for filling. None while another process fills it.
+    pub(crate) fn lock(&self) -> io::Result<Option<File>> {
+        match fs::DirBuilder::new().mode(0o700).create(&self.dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let mut options = fs::OpenOptions::new();
+        let file = options.write(true).create(true).truncate(false).mode(0o600).open(self.dir.join(LOCK))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Whether the file system has much more room than the queue may take.
+    pub(crate) fn has_room(&self, limit: ReadAhead) -> bool {
+        let parent = self.dir.parent().unwrap_or(&self.dir);
+        let Ok(found) = rustix::fs::statvfs(parent) else { return false };
+        found.f_bavail.saturating_mul(found.f_frsize) / 4 >= limit.bytes
+    }
+}
+
+/// Removes `<stem>*.tmp-<pid>` in `dir` where that process is gone.
+pub(crate) fn remove_unfinished(dir: &Path, stem: &str) {
+    let Ok(found) = fs::read_dir(dir) else { return };
+    for entry in found.flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let pid = name.strip_prefix(stem).and_then(|rest| rest.rsplit_once(".tmp-")).map(|(_, pid)| pid);
+        let pid = pid.and_then(|pid| pid.parse::<i32>().ok()).and_then(rustix::process::Pid::from_raw);
+        let gone = |pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH);
+        if pid.is_some_and(gone) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: ReadAhead = ReadAhead { segments: 4, bytes: 4 << 20 };
+
+    fn size() -> SegmentSize {
+        SegmentSize::new(1 << 20).unwrap()
+    }
+
+    fn name(n: u64) -> SegmentName {
+        let timeline = waltide_format::TimelineId::FIRST;
+        SegmentName::containing(timeline, (n << 20).into(), size())
+    }
+
+    fn wal(byte: u8) -> Vec<u8> {
+        vec![byte; 1 << 20]
+    }
+
+    fn place() -> (tempfile::TempDir, Queue) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("pg_wal")).unwrap();
+        fs::write(dir.path().join("PG_VERSION"), "15\n").unwrap();
+        let queue = Queue::beside(Path::new("pg_wal/RECOVERYXLOG"), dir.path(), "a").unwrap();
+        assert!(Queue::beside(Path::new("RECOVERYXLOG"), dir.path(), "a").is_none());
+        (dir, queue)
+    }
+
+    #[test]
+    fn a_segment_is_taken_once_and_only_from_its_source() {
+        let (dir, queue) = place();
+        let lock = queue.lock().unwrap().unwrap();
+        assert!(queue.lock().unwrap().is_none(), "one process fills it");
+        drop(lock);
+        assert!(queue.put(name(5), &wal(5), LIMIT).unwrap());
+        let dest = dir.path().join("pg_wal/RECOVERYXLOG");
+        let other = Queue::beside(&dest, dir.path(), "b").unwrap();
+        assert_eq!(other.take(name(5), &dest).unwrap(), None);
+        assert_eq!(queue.take(name(5), &dest).unwrap(), Some(1 << 20));
+        assert!(fs::read(&dest).unwrap() == wal(5));
+        assert_eq!(queue.take(name(5), &dest).unwrap(), None);
+    }
+
+    #[test]
+    fn a_damaged_entry_is_removed_and_not_handed_over() {
+        let (dir, queue) = place();
+        queue.lock().unwrap().unwrap();
+        for damage in [|b: &mut Vec<u8>| b[777] ^= 1, |b: &mut Vec<u8>| b.truncate(1 << 19)] {
+            queue.put(name(5), &wal(5), LIMIT).unwrap();
+            let entry = queue.entries().remove(0).path;
+            let mut bytes = fs::read(&entry).unwrap();
+            damage(&mut bytes);
+            fs::write(&entry, bytes).unwrap();
+            let dest = dir.path().join("pg_wal/RECOVERYXLOG");
+            assert_eq!(queue.take(name(5), &dest).unwrap(), None);
+            assert!(!dest.exists() && !entry.exists());
+        }
+    }
+
+    #[test]
+    fn the_queue_is_bounded_and_what_was_passed_is_removed() {
+        let (_dir, queue) = place();
+        assert!(!queue.put(name(1), &wal(1), LIMIT).unwrap(), "there is no queue yet");
+        queue.lock().unwrap().unwrap();
+        let kept: Vec<_> = (1..8).map(|n| queue.put(name(n), &wal(1), LIMIT).unwrap()).collect();
+        assert_eq!(kept, [true, true, true, true, false, false, false]);
+        fs::write(queue.dir.join(format!("{}.tmp-{}", name(3), i32::MAX)), "x").unwrap();
+        queue.tidy(name(3), size(), LIMIT);
+        assert_eq!(queue.entries().iter().map(|e| e.name).collect::<Vec<_>>(), [name(4)]);
+        assert_eq!(fs::read_dir(&queue.dir).unwrap().count(), 2, "the entry and the lock");
+        queue.clear();
+        assert!(!queue.dir.exists());
+    }
+}
