@@ -1,1 +1,34 @@
-//! The write-ahead log, from page headers up to what a commit record says.
+//! The write-ahead log, from page headers up to what a commit record says. Facts per major: docs/wal.md.
+
+mod damage;
+mod dbase;
+mod heap;
+mod image;
+mod page;
+mod pglz;
+mod record;
+mod rmgr;
+mod smgr;
+mod standby;
+mod stream;
+#[cfg(test)]
+pub(crate) mod testing;
+mod xact;
+mod xlog;
+
+pub use damage::Damage;
+pub use dbase::{DatabaseRecord, RelationMapUpdate, TablespaceRecord};
+pub use heap::{VM_HEAP_BLOCKS_PER_PAGE, implicit_vm_blocks, vm_block_of};
+pub use image::{Compression, Image};
+pub use page::{LONG_HEADER_BYTES, LongHeader, PAGE_BYTES, PageFlags, PageHeader, SHORT_HEADER_BYTES};
+pub use record::{Block, BlockRef, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader};
+pub use rmgr::{Rmgr, rmgr_name};
+pub use smgr::SmgrRecord;
+pub use standby::RunningXactsRecord;
+pub use stream::{
+    EndReason, Expected, LogEnd, Next, Pending, PreviousTail, RecordStream, SegmentSpan, StreamHead,
+};
+pub use xact::{Prepare, XactAssignment, XactKind, XactRecord};
+pub use xlog::{
+    Checkpoint, EndOfRecovery, OverwriteContrecord, ParameterChange, RestorePointRecord, XlogRecord,
+};

@@ -1,0 +1,372 @@
+//! One record: its header, its block references, its data. Layout: docs/wal.md, "Record".
+
+use crate::engines::postgres::wal::image::{Image, ImageHeader};
+use crate::engines::postgres::wal::rmgr::Rmgr;
+use crate::error::Corrupt;
+use crate::ids::{BlockNumber, ForkNumber, Lsn, PgMajor, RelFileLocator, Xid};
+use crate::reader::Reader;
+
+/// `SizeOfXLogRecord`.
+pub const RECORD_HEADER_BYTES: usize = 24;
+/// `XLogRecordMaxSize`: nothing longer is ever written, so nothing longer is given memory.
+pub const RECORD_BYTES_MAX: u32 = 1020 << 20;
+/// Where `xl_crc` lies; it covers the data behind the header, then the header up to itself.
+const CRC_OFFSET: usize = 20;
+
+/// `XLR_MAX_BLOCK_ID`.
+const BLOCK_ID_MAX: u8 = 32;
+const BLOCK_ID_DATA_SHORT: u8 = 255;
+const BLOCK_ID_DATA_LONG: u8 = 254;
+const BLOCK_ID_ORIGIN: u8 = 253;
+const BLOCK_ID_TOPLEVEL_XID: u8 = 252;
+
+const FORK_MASK: u8 = 0x0F;
+const HAS_IMAGE: u8 = 0x10;
+const HAS_DATA: u8 = 0x20;
+const WILL_INIT: u8 = 0x40;
+const SAME_REL: u8 = 0x80;
+
+/// The fixed part of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordHeader {
+    /// `xl_tot_len`.
+    pub total_bytes: u32,
+    /// `xl_xid`.
+    pub xid: Xid,
+    /// `xl_prev`: start of the record before.
+    pub prev: Lsn,
+    /// `xl_info`: the upper half is the resource manager's.
+    pub info: u8,
+    /// `xl_rmid`.
+    pub rmgr: Rmgr,
+    /// `xl_crc`.
+    pub crc: u32,
+}
+
+impl RecordHeader {
+    /// Decodes the header that `bytes` starts with.
+    pub fn decode(bytes: &[u8], major: PgMajor) -> Result<Self, Corrupt> {
+        let r = &mut Reader::new(bytes);
+        let total_bytes = r.u32("xl_tot_len")?;
+        if (total_bytes as usize) < RECORD_HEADER_BYTES {
+            return Err(Corrupt::invalid("xl_tot_len", 0, u64::from(total_bytes)));
+        }
+        if total_bytes > RECORD_BYTES_MAX {
+            return Err(Corrupt::too_large(
+                "xl_tot_len",
+                0,
+                u64::from(total_bytes),
+                u64::from(RECORD_BYTES_MAX),
+            ));
+        }
+        let xid = r.u32("xl_xid")?.into();
+        let prev = r.u64("xl_prev")?.into();
+        let info = r.u8("xl_info")?;
+        let rmid_at = r.position();
+        let rmid = r.u8("xl_rmid")?;
+        let rmgr = Rmgr::new(rmid, major).ok_or(Corrupt::invalid("xl_rmid", rmid_at, u64::from(rmid)))?;
+        r.take(2, "padding")?;
+        let crc = r.u32("xl_crc")?;
+        Ok(Self { total_bytes, xid, prev, info, rmgr, crc })
+    }
+
+    /// The resource manager's part of `xl_info`: which kind of record.
+    pub const fn kind(&self) -> u8 {
+        self.info & 0xF0
+    }
+
+    /// Compares `xl_crc` with the bytes of the whole record.
+    pub fn check_crc(&self, record: &[u8]) -> Result<(), Corrupt> {
+        let computed = crc_of(record);
+        if computed == self.crc {
+            return Ok(());
+        }
+        Err(Corrupt::mismatch("xl_crc", CRC_OFFSET as u64, u64::from(self.crc), u64::from(computed)))
+    }
+}
+
+/// The CRC-32C that belongs into a record.
+pub(super) fn crc_of(record: &[u8]) -> u32 {
+    let data = record.get(RECORD_HEADER_BYTES..).unwrap_or_default();
+    let header = record.get(..CRC_OFFSET).unwrap_or_default();
+    crc32c::crc32c_append(crc32c::crc32c(data), header)
+}
+
+/// A part of a record's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Span {
+    from: u32,
+    bytes: u32,
+}
+
+impl Span {
+    fn of(self, record: &[u8]) -> &[u8] {
+        let from = self.from as usize;
+        record.get(from..from.saturating_add(self.bytes as usize)).unwrap_or_default()
+    }
+}
+
+/// A block that a record refers to, as places in the record's bytes. Kept apart from them so that one
+/// buffer serves all records of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRef {
+    id: u8,
+    flags: u8,
+    fork: ForkNumber,
+    relation: RelFileLocator,
+    block: BlockNumber,
+    image: Option<(ImageHeader, Span)>,
+    data: Span,
+}
+
+/// A block that a record refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block<'a> {
+    /// Its number in the record; numbers rise but may skip.
+    pub id: u8,
+    /// The relation.
+    pub relation: RelFileLocator,
+    /// The fork.
+    pub fork: ForkNumber,
+    /// The block.
+    pub block: BlockNumber,
+    /// The full-page image, where there is one.
+    pub image: Option<Image<'a>>,
+    /// The block's data; empty where there is none (`BKPBLOCK_HAS_DATA`).
+    pub data: &'a [u8],
+    /// `BKPBLOCK_WILL_INIT`: replay makes the page anew.
+    pub will_init: bool,
+    /// `BKPBLOCK_SAME_REL`: the relation was not repeated in the record.
+    pub same_rel: bool,
+}
+
+impl Block<'_> {
+    /// Whether replay needs nothing of the page as it was: it is restored from an image or made anew.
+    pub fn makes_page_anew(&self) -> bool {
+        self.will_init || self.image.is_some_and(|image| image.apply())
+    }
+}
+
+/// What [`Record::parse`] found besides the blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Parsed {
+    main: Span,
+    origin: Option<u16>,
+    toplevel_xid: Option<Xid>,
+}
+
+/// A record, borrowed from the log.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    /// Where it starts: what pg_waldump calls `lsn`.
+    pub start: Lsn,
+    /// Where the next may start: what the pages it changes carry as `pd_lsn`.
+    pub end: Lsn,
+    /// The major version whose format it has.
+    pub major: PgMajor,
+    /// The fixed part.
+    pub header: RecordHeader,
+    bytes: &'a [u8],
+    blocks: &'a [BlockRef],
+    parsed: Parsed,
+}
+
+impl<'a> Record<'a> {
+    /// Decodes a record whose bytes are at hand in one piece, page headers taken out; checks the CRC and
+    /// every length. Positions in errors count from the record's start. `blocks` is overwritten.
+    pub fn decode(
+        bytes: &'a [u8],
+        start: Lsn,
+        end: Lsn,
+        major: PgMajor,
+        blocks: &'a mut Vec<BlockRef>,
+    ) -> Result<Self, Corrupt> {
+        let header = RecordHeader::decode(bytes, major)?;
+        if header.total_bytes as usize != bytes.len() {
+            return Err(Corrupt::mismatch(
+                "xl_tot_len",
+                0,
+                u64::from(header.total_bytes),
+                bytes.len() as u64,
+            ));
+        }
+        header.check_crc(bytes)?;
+        let parsed = Self::parse(bytes, major, blocks)?;
+        Ok(Self::assemble(start, end, major, header, bytes, blocks, parsed))
+    }
+
+    pub(super) const fn assemble(
+        start: Lsn,
+        end: Lsn,
+        major: PgMajor,
+        header: RecordHeader,
+        bytes: &'a [u8],
+        blocks: &'a [BlockRef],
+        parsed: Parsed,
+    ) -> Self {
+        Self { start, end, major, header, bytes, blocks, parsed }
+    }
+
+    /// Reads everything behind the header, which must fill the record exactly.
+    pub(super) fn parse(bytes: &[u8], major: PgMajor, blocks: &mut Vec<BlockRef>) -> Result<Parsed, Corrupt> {
+        blocks.clear();
+        let r = &mut Reader::new(bytes);
+        r.take(RECORD_HEADER_BYTES, "record header")?;
+        let mut parsed = Parsed { main: Span::default(), origin: None, toplevel_xid: None };
+        let mut data_bytes = 0usize;
+        let mut relation = None;
+        while r.left() > data_bytes {
+            let at = r.position();
+            let id = r.u8("block_id")?;
+            match id {
+                BLOCK_ID_DATA_SHORT | BLOCK_ID_DATA_LONG => {
+                    let len = if id == BLOCK_ID_DATA_SHORT {
+                        u32::from(r.u8("main data length")?)
+                    } else {
+                        r.u32("main data length")?
+                    };
+                    parsed.main.bytes = len;
+                    data_bytes = data_bytes.saturating_add(len as usize);
+                    break;
+                }
+                BLOCK_ID_ORIGIN => parsed.origin = Some(r.u16("replication origin")?),
+                BLOCK_ID_TOPLEVEL_XID if major >= PgMajor::V14 => {
+                    parsed.toplevel_xid = Some(r.u32("toplevel_xid")?.into());
+                }
+                _ => {
+                    let in_order = blocks.last().is_none_or(|last: &BlockRef| last.id < id);
+                    if id > BLOCK_ID_MAX || !in_order {
+                        return Err(Corrupt::invalid("block_id", at, u64::from(id)));
+                    }
+                    let block = BlockRef::decode(r, id, relation, major)?;
+                    relation = Some(block.relation);
+                    let image = block.image.map_or(0, |(_, span)| span.bytes as usize);
+                    data_bytes = data_bytes.saturating_add(image).saturating_add(block.data.bytes as usize);
+                    blocks.push(block);
+                }
+            }
+        }
+        if r.left() != data_bytes {
+            return Err(Corrupt::mismatch(
+                "record data length",
+                r.position(),
+                data_bytes as u64,
+                r.left() as u64,
+            ));
+        }
+        let mut from = u32::try_from(r.position()).unwrap_or(u32::MAX);
+        let mut place = |span: &mut Span| {
+            span.from = from;
+            from = from.saturating_add(span.bytes);
+        };
+        for block in blocks.iter_mut() {
+            if let Some((_, span)) = &mut block.image {
+                place(span);
+            }
+            place(&mut block.data);
+        }
+        place(&mut parsed.main);
+        Ok(parsed)
+    }
+
+    /// The whole record, page headers taken out.
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The resource manager.
+    pub const fn rmgr(&self) -> Rmgr {
+        self.header.rmgr
+    }
+
+    /// The resource manager's part of `xl_info`: which kind of record.
+    pub const fn kind(&self) -> u8 {
+        self.header.kind()
+    }
+
+    /// What belongs to no block.
+    pub fn main_data(&self) -> &'a [u8] {
+        self.parsed.main.of(self.bytes)
+    }
+
+    /// The replication origin, where the record has one.
+    pub const fn origin(&self) -> Option<u16> {
+        self.parsed.origin
+    }
+
+    /// The transaction that `xl_xid` is a part of, where the record says it.
+    pub const fn toplevel_xid(&self) -> Option<Xid> {
+        self.parsed.toplevel_xid
+    }
+
+    /// The blocks, by rising number.
+    pub fn blocks(&self) -> impl ExactSizeIterator<Item = Block<'a>> + use<'a> {
+        let bytes = self.bytes;
+        self.blocks.iter().map(move |block| block.view(bytes))
+    }
+
+    /// The block of that number, where there is one.
+    pub fn block(&self, id: u8) -> Option<Block<'a>> {
+        self.blocks.iter().find(|block| block.id == id).map(|block| block.view(self.bytes))
+    }
+
+    /// Bytes of full-page images. The rest is what pg_waldump calls the record's length.
+    pub fn image_bytes(&self) -> u32 {
+        let bytes = self.blocks.iter().filter_map(|block| block.image.map(|(_, span)| span.bytes));
+        bytes.fold(0, u32::saturating_add)
+    }
+}
+
+impl BlockRef {
+    fn decode(
+        r: &mut Reader<'_>,
+        id: u8,
+        previous: Option<RelFileLocator>,
+        major: PgMajor,
+    ) -> Result<Self, Corrupt> {
+        let flags_at = r.position();
+        let flags = r.u8("fork_flags")?;
+        let invalid_flags = Corrupt::invalid("fork_flags", flags_at, u64::from(flags));
+        let fork = ForkNumber::new(flags & FORK_MASK).ok_or(invalid_flags)?;
+        let len_at = r.position();
+        let data_bytes = r.u16("data_length")?;
+        if (flags & HAS_DATA != 0) != (data_bytes > 0) {
+            return Err(Corrupt::invalid("data_length", len_at, u64::from(data_bytes)));
+        }
+        let image = if flags & HAS_IMAGE != 0 {
+            let header = ImageHeader::decode(r, major)?;
+            Some((header, Span { from: 0, bytes: u32::from(header.bytes) }))
+        } else {
+            None
+        };
+        let relation = if flags & SAME_REL != 0 { previous.ok_or(invalid_flags)? } else { read_relation(r)? };
+        let block = r.u32("blkno")?;
+        Ok(Self {
+            id,
+            flags,
+            fork,
+            relation,
+            block,
+            image,
+            data: Span { from: 0, bytes: u32::from(data_bytes) },
+        })
+    }
+
+    fn view<'a>(&self, record: &'a [u8]) -> Block<'a> {
+        Block {
+            id: self.id,
+            relation: self.relation,
+            fork: self.fork,
+            block: self.block,
+            image: self.image.map(|(header, span)| Image { bytes: span.of(record), header }),
+            data: self.data.of(record),
+            will_init: self.flags & WILL_INIT != 0,
+            same_rel: self.flags & SAME_REL != 0,
+        }
+    }
+}
+
+/// Takes a `RelFileLocator` (`RelFileNode` before 16).
+pub(super) fn read_relation(r: &mut Reader<'_>) -> Result<RelFileLocator, Corrupt> {
+    Ok(RelFileLocator { spc_oid: r.u32("spcOid")?, db_oid: r.u32("dbOid")?, rel_number: r.u32("relNumber")? })
+}
