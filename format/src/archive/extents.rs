@@ -59,6 +59,33 @@ impl Extent {
     }
 }
 
+/// Makes frames one after another, without setting the compressor up for each.
+pub struct FrameCompressor(Option<zstd::bulk::Compressor<'static>>);
+
+impl std::fmt::Debug for FrameCompressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FrameCompressor")
+    }
+}
+
+impl FrameCompressor {
+    /// With zstd's `level`.
+    pub fn new(level: i32) -> Self {
+        Self(zstd::bulk::Compressor::new(level).ok())
+    }
+
+    /// Compresses a run into a frame, unless that makes it longer. Zeros give an empty frame.
+    pub fn frame(&mut self, raw: &[u8]) -> Vec<u8> {
+        if raw.iter().all(|b| *b == 0) {
+            return Vec::new();
+        }
+        match self.0.as_mut().map(|zstd| zstd.compress(raw)) {
+            Some(Ok(packed)) if packed.len() < raw.len() => packed,
+            _ => raw.to_vec(),
+        }
+    }
+}
+
 /// Fills one pack, frame after frame.
 #[derive(Debug)]
 pub struct PackBuilder {
@@ -72,15 +99,10 @@ impl Default for PackBuilder {
 }
 
 impl PackBuilder {
-    /// Compresses a run into a frame; what [`PackBuilder::push`] then places. Zeros give an empty frame.
+    /// Compresses a run into a frame; what [`PackBuilder::push`] then places. Zeros give an empty frame. Whoever makes
+    /// many keeps a [`FrameCompressor`].
     pub fn frame(raw: &[u8], level: i32) -> Vec<u8> {
-        if raw.iter().all(|b| *b == 0) {
-            return Vec::new();
-        }
-        match zstd::bulk::compress(raw, level) {
-            Ok(packed) if packed.len() < raw.len() => packed,
-            _ => raw.to_vec(),
-        }
+        FrameCompressor::new(level).frame(raw)
     }
 
     /// Places a frame and says where it lies.

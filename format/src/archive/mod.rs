@@ -12,7 +12,7 @@ pub use catalog::{
     BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
 };
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
-pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, PackBuilder};
+pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, FrameCompressor, PackBuilder};
 pub use index::{
     AdmittedFault, CheckpointInfo, CheckpointKind, CommitKind, DroppedRelation, Ending, FileEvent,
     FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts, SECTIONS,
