@@ -388,9 +388,11 @@ fn join_fault(before: &Step<'_>, after: &Step<'_>, last_record: Option<Lsn>) -> 
     if a.ending == Ending::EndOfLog && before.usable_end == a.valid_end && !b.overwrites_contrecord {
         return broken(format!("{} ends at {} and {} follows", a.name, a.valid_end, b.name));
     }
-    // Past a fork the ancestor's own last record is not what the successor continues.
+    // Past a fork the ancestor's own last record is not what the successor continues, and the successor's
+    // own copy of that segment is not there.
     if before.usable_end < a.valid_end {
-        return None;
+        let first = a.name.on(b.name.timeline());
+        return Some(GapKind::Missing { first, last: first, count: 1 });
     }
     match a.pending {
         None if b.continued_bytes != 0 && !b.overwrites_contrecord && a.first_record.is_some() => {
@@ -428,22 +430,24 @@ impl SegmentEntry {
     }
 }
 
+/// Catalogues for the tests of this crate.
 #[cfg(test)]
-mod tests {
+pub(crate) mod samples {
     use super::super::stored_segment::samples;
+    use super::super::{BackupKind, BackupMethod, ManifestStats};
     use super::*;
     use crate::ids::SystemId;
     use crate::segment::SegmentSize;
     use crate::{PgMajor, TimelineId};
 
-    const SIZE: u64 = 16 << 20;
+    pub(crate) const SIZE: u64 = 16 << 20;
 
-    fn t(n: u32) -> TimelineId {
+    pub(crate) fn t(n: u32) -> TimelineId {
         TimelineId::new(n).unwrap()
     }
 
     /// A segment whose neighbours join: one record starts 100 bytes in and one ends it.
-    fn segment(timeline: u32, number: u64) -> SegmentEntry {
+    pub(crate) fn segment(timeline: u32, number: u64) -> SegmentEntry {
         let start = number * SIZE;
         let name = SegmentName::containing(t(timeline), Lsn::from(start), SegmentSize::DEFAULT);
         let mut info = samples::info(SIZE);
@@ -464,7 +468,7 @@ mod tests {
         }
     }
 
-    fn catalog(segments: Vec<SegmentEntry>) -> Catalog {
+    pub(crate) fn catalog(segments: Vec<SegmentEntry>) -> Catalog {
         let system = SystemInfo {
             system_id: SystemId::from(42),
             major: PgMajor::V15,
@@ -484,6 +488,46 @@ mod tests {
             damaged: Vec::new(),
         }
     }
+
+    /// A full backup; its name and its times come from where it starts.
+    pub(crate) fn backup(timeline: u32, start: u64, stop: u64) -> BackupEntry {
+        let at = |lsn: u64| TimestampTz::from_postgres_micros(i64::try_from(lsn).unwrap());
+        let head = Manifest {
+            id: BackupId::new(at(start), u16::try_from(start % SIZE / 1024).unwrap()),
+            kind: BackupKind::Full,
+            method: BackupMethod::Backup,
+            parent: None,
+            description: None,
+            started: at(start),
+            stopped: at(stop),
+            system_id: SystemId::from(42),
+            major: PgMajor::V15,
+            server_version: "15.18".into(),
+            segment_size: SegmentSize::DEFAULT,
+            data_checksums: true,
+            timeline: t(timeline),
+            start_lsn: Lsn::from(start),
+            stop_lsn: Lsn::from(stop),
+            checkpoint_lsn: Lsn::from(start),
+            backup_label: String::new(),
+            tablespace_map: String::new(),
+            from_standby: false,
+            tablespaces: Vec::new(),
+            config_files: Vec::new(),
+            maps: Vec::new(),
+            directories: Vec::new(),
+            files: Vec::new(),
+            damaged_pages: Vec::new(),
+            stats: ManifestStats::default(),
+        };
+        BackupEntry { head, files: 0, keep: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::samples::*;
+    use super::*;
 
     #[test]
     fn segments_that_follow_one_another_are_one_run() {

@@ -7,6 +7,7 @@ mod index;
 mod layout;
 mod manifest;
 mod stored_segment;
+mod windows;
 
 pub use catalog::{
     BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
@@ -25,3 +26,4 @@ pub use manifest::{
     StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use stored_segment::{SegmentDirectory, StoredSegment, encode_segment};
+pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow};
