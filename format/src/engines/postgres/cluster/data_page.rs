@@ -1,19 +1,20 @@
-//! A page of a relation: its LSN and its checksum. Layout: docs/wal.md, "Data page".
+//! Data pages: whether a page of a relation is one, and whether its checksum is right.
+//!
+//! The checksum is PostgreSQL's published one: 32 FNV-1a hashes side by side over the page's 32-bit words,
+//! folded with the block's number into 16 bits that are never zero.
 
 use crate::ids::{BLOCK_BYTES, BlockNumber, Lsn};
 
-/// One page.
-pub type Page = [u8; BLOCK_BYTES];
+/// `SizeOfPageHeaderData`.
+pub const HEADER_BYTES: usize = 24;
 
-/// Where `pd_checksum` lies.
-const CHECKSUM_AT: usize = 8;
-/// Where `pd_upper` lies.
-const UPPER_AT: usize = 14;
-/// The page is summed in this many columns of 32-bit words.
-const COLUMNS: usize = 32;
+/// How many hashes run side by side.
+const LANES: usize = 32;
+/// The bytes that all lanes take at once.
+const ROW_BYTES: usize = LANES * 4;
 const FNV_PRIME: u32 = 16_777_619;
-/// What each column starts from, fixed by PostgreSQL.
-const SEEDS: [u32; COLUMNS] = [
+/// What each hash starts from; the values are part of the format.
+const OFFSET_BASIS: [u32; LANES] = [
     0x5B1F_36E9,
     0xB852_5960,
     0x02AB_50AA,
@@ -48,72 +49,124 @@ const SEEDS: [u32; COLUMNS] = [
     0x959B_D756,
 ];
 
-fn u16_at(page: &Page, at: usize) -> u16 {
-    page.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u16::from_le_bytes(*bytes))
+const CHECKSUM_OFFSET: usize = 8;
+const FLAGS_OFFSET: usize = 10;
+const LOWER_OFFSET: usize = 12;
+const UPPER_OFFSET: usize = 14;
+const SPECIAL_OFFSET: usize = 16;
+/// `PD_VALID_FLAG_BITS`.
+const FLAGS_KNOWN: u16 = 0x0007;
+
+/// A page of a relation.
+pub type Page = [u8; BLOCK_BYTES];
+
+/// What a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageState {
+    /// All zeros: made, never written.
+    New,
+    /// Its header makes sense and its checksum, where it has one, is right.
+    Valid,
+    /// Its header makes no sense.
+    BadHeader,
+    /// It does not have the checksum it says.
+    BadChecksum {
+        /// `pd_checksum`.
+        found: u16,
+        /// What it should be.
+        expected: u16,
+    },
+}
+
+/// Judges the page of block `block`, its number in the fork. `checksums` says whether the cluster has them.
+pub fn verify_page(page: &Page, block: BlockNumber, checksums: bool) -> PageState {
+    if is_new(page) {
+        let zeros = page.iter().all(|b| *b == 0);
+        return if zeros { PageState::New } else { PageState::BadHeader };
+    }
+    if checksums {
+        let (found, expected) = (stored_checksum(page), checksum(page, block));
+        if found != expected {
+            return PageState::BadChecksum { found, expected };
+        }
+    }
+    let (lower, upper, special) =
+        (u16_at(page, LOWER_OFFSET), u16_at(page, UPPER_OFFSET), u16_at(page, SPECIAL_OFFSET));
+    let sane = u16_at(page, FLAGS_OFFSET) & !FLAGS_KNOWN == 0
+        && lower <= upper
+        && upper <= special
+        && usize::from(special) <= BLOCK_BYTES
+        && special & 7 == 0;
+    if sane { PageState::Valid } else { PageState::BadHeader }
+}
+
+/// Whether a page of a cluster with checksums is new or right.
+pub fn is_intact(page: &Page, block: BlockNumber) -> bool {
+    matches!(verify_page(page, block, true), PageState::New | PageState::Valid)
 }
 
 /// `pd_lsn`: the end of the last record that changed the page.
 pub fn lsn(page: &Page) -> Lsn {
-    // Two halves, the high one first, each in the machine's order.
-    let half = |at: usize| {
-        page.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
-    };
-    Lsn::from(u64::from(half(0)) << 32 | u64::from(half(4)))
+    // Two halves, the upper one first.
+    let half = |at: usize| u64::from(u32_at(page, at));
+    Lsn::from(half(0) << 32 | half(4))
 }
 
-/// `pd_checksum`.
+/// `pd_checksum`, as it stands.
 pub fn stored_checksum(page: &Page) -> u16 {
-    u16_at(page, CHECKSUM_AT)
-}
-
-/// The checksum that the page should carry as block `block` of its fork.
-pub fn checksum(page: &Page, block: BlockNumber) -> u16 {
-    let step = |sum: u32, word: u32| {
-        let mixed = sum ^ word;
-        mixed.wrapping_mul(FNV_PRIME) ^ (mixed >> 17)
-    };
-    let mut sums = SEEDS;
-    let (rows, _) = page.as_chunks::<{ COLUMNS * 4 }>();
-    for (number, row) in rows.iter().enumerate() {
-        let (words, _) = row.as_chunks::<4>();
-        for (column, (sum, word)) in sums.iter_mut().zip(words).enumerate() {
-            let mut word = u32::from_le_bytes(*word);
-            if number == 0 && column == CHECKSUM_AT / 4 {
-                // The checksum does not cover itself.
-                word &= 0xFFFF_0000;
-            }
-            *sum = step(*sum, word);
-        }
-    }
-    for _ in 0..2 {
-        for sum in &mut sums {
-            *sum = step(*sum, 0);
-        }
-    }
-    let folded = sums.iter().fold(0, |all, sum| all ^ sum) ^ block;
-    // Never zero: that is what pages without a checksum have.
-    u16::try_from(folded % 65_535).unwrap_or(0).saturating_add(1)
+    u16_at(page, CHECKSUM_OFFSET)
 }
 
 /// Whether the page was added to its relation and not used yet: `pd_upper` is zero.
 pub fn is_new(page: &Page) -> bool {
-    u16_at(page, UPPER_AT) == 0
-}
-
-/// Whether the server would take the page where checksums are on: its checksum is right, or it is all zeros.
-pub fn is_intact(page: &Page, block: BlockNumber) -> bool {
-    match is_new(page) {
-        true => page.iter().all(|b| *b == 0),
-        false => stored_checksum(page) == checksum(page, block),
-    }
+    u16_at(page, UPPER_OFFSET) == 0
 }
 
 /// Writes the checksum that the page should carry as block `block` of its fork.
 pub fn set_checksum(page: &mut Page, block: BlockNumber) {
     let sum = checksum(page, block).to_le_bytes();
-    if let Some(place) = page.get_mut(CHECKSUM_AT..).and_then(|rest| rest.first_chunk_mut()) {
-        *place = sum;
+    if let Some(field) = page.get_mut(CHECKSUM_OFFSET..FLAGS_OFFSET) {
+        field.copy_from_slice(&sum);
     }
+}
+
+/// The checksum that belongs on the page; its own field does not count.
+pub fn checksum(page: &Page, block: BlockNumber) -> u16 {
+    let mut lanes = OFFSET_BASIS;
+    let (rows, _) = page.as_chunks::<ROW_BYTES>();
+    let mut rows = rows.iter();
+    if let Some(first) = rows.next() {
+        let mut first = *first;
+        if let Some(field) = first.get_mut(CHECKSUM_OFFSET..FLAGS_OFFSET) {
+            field.fill(0);
+        }
+        mix(&mut lanes, &first);
+    }
+    for row in rows {
+        mix(&mut lanes, row);
+    }
+    mix(&mut lanes, &[0; ROW_BYTES]);
+    mix(&mut lanes, &[0; ROW_BYTES]);
+    let folded = lanes.iter().fold(0, |sum, lane| sum ^ lane) ^ block;
+    let sum = (folded % 65_535).wrapping_add(1);
+    u16::try_from(sum).expect("a remainder below 65535, plus one, fits 16 bits")
+}
+
+/// Takes one word into each hash. Plain loops over arrays, so that the compiler makes vectors of them.
+fn mix(lanes: &mut [u32; LANES], row: &[u8; ROW_BYTES]) {
+    let (words, _) = row.as_chunks::<4>();
+    for (lane, word) in lanes.iter_mut().zip(words) {
+        let mixed = *lane ^ u32::from_le_bytes(*word);
+        *lane = mixed.wrapping_mul(FNV_PRIME) ^ (mixed >> 17);
+    }
+}
+
+fn u16_at(page: &Page, at: usize) -> u16 {
+    page.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_le_bytes(*b))
+}
+
+fn u32_at(page: &Page, at: usize) -> u32 {
+    page.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b))
 }
 
 #[cfg(test)]
@@ -121,32 +174,41 @@ mod tests {
     use super::*;
 
     fn page() -> Page {
-        let mut page = [0x5A; BLOCK_BYTES];
+        let mut page = [0; BLOCK_BYTES];
+        for (i, b) in page.iter_mut().enumerate() {
+            *b = (i * 7 / 3) as u8;
+        }
         page[..24].copy_from_slice(&[
-            1, 0, 0, 0, 0x28, 0, 0, 2, 0, 0, 0, 0, 24, 0, 0, 0x20, 0, 0x20, 4, 0x20, 0, 0, 0, 0,
+            0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 24, 0, 0, 0x20, 0, 0x20, 4, 0x20, 0, 0, 0, 0,
         ]);
+        set_checksum(&mut page, 9);
         page
     }
 
     #[test]
-    fn every_changed_byte_and_another_place_are_noticed() {
-        let mut page = page();
-        set_checksum(&mut page, 7);
-        assert!(is_intact(&page, 7));
-        assert!(!is_intact(&page, 8));
-        assert_eq!(lsn(&page), "1/2000028".parse().unwrap());
+    fn any_changed_byte_of_a_page_and_another_block_number_are_noticed() {
+        let page = page();
+        assert_eq!(verify_page(&page, 9, true), PageState::Valid);
+        assert!(is_intact(&page, 9) && !is_intact(&page, 10));
+        assert_eq!(lsn(&page), Lsn::from(0x0100_0000_0000_0002));
         for at in 0..BLOCK_BYTES {
             let mut changed = page;
-            changed[at] ^= 1;
-            assert!(!is_intact(&changed, 7), "byte {at}");
+            changed[at] ^= 0x20;
+            assert!(!is_intact(&changed, 9), "byte {at}");
         }
     }
 
     #[test]
-    fn a_new_page_is_all_zeros() {
-        let mut page = [0; BLOCK_BYTES];
-        assert!(is_new(&page) && is_intact(&page, 7));
-        page[5000] = 1;
-        assert!(is_new(&page) && !is_intact(&page, 7));
+    fn a_page_without_checksums_is_judged_by_its_header() {
+        let mut page = page();
+        page[5000] ^= 1;
+        assert!(matches!(verify_page(&page, 9, true), PageState::BadChecksum { .. }));
+        assert_eq!(verify_page(&page, 9, false), PageState::Valid);
+        page[11] = 1;
+        assert_eq!(verify_page(&page, 9, false), PageState::BadHeader);
+        assert_eq!(verify_page(&[0; BLOCK_BYTES], 9, true), PageState::New);
+        let mut half_new = [0; BLOCK_BYTES];
+        half_new[8191] = 1;
+        assert_eq!(verify_page(&half_new, 9, false), PageState::BadHeader);
     }
 }

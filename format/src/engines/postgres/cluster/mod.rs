@@ -6,5 +6,6 @@ mod history;
 mod label;
 
 pub use control::{ClusterState, ControlError, ControlFile, RecoverySettings};
+pub use data_page::{PageState, verify_page};
 pub use history::{History, HistoryEntry, HistoryError};
-pub use label::{BackupLabel, LabelError, parse_tablespace_map};
+pub use label::{BackupHistory, BackupLabel, LabelError, parse_tablespace_map, tablespace_map_text};
