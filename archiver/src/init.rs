@@ -175,7 +175,10 @@ mod tests {
         assert_eq!(read_json::<WaltideInfo>(&archive, Layout::WALTIDE_JSON).await.unwrap(), Some(first));
         assert_eq!(make_cluster(&archive, &layout, "postgres", now).await.unwrap(), Made::Existing);
         let e = make_cluster(&archive, &layout, "sqlite", now).await.unwrap_err();
-        assert_eq!(e.to_string(), format!("cluster main of {} is \"postgres\", not \"sqlite\"", archive.url()));
+        assert_eq!(
+            e.to_string(),
+            format!("cluster main of {} is \"postgres\", not \"sqlite\"", archive.url())
+        );
         assert_eq!(systems(&archive, &layout).await.unwrap(), []);
     }
 
@@ -187,6 +190,9 @@ mod tests {
         let info = WaltideInfo { format_version: 9, archive_id, created };
         create_json(&archive, Layout::WALTIDE_JSON, &info).await.unwrap();
         let e = make_archive(&url(&dir), TimestampTz::default()).await.unwrap_err();
-        assert_eq!(e.to_string(), format!("{} follows format version 9, this program knows 1", archive.url()));
+        assert_eq!(
+            e.to_string(),
+            format!("{} follows format version 9, this program knows 1", archive.url())
+        );
     }
 }

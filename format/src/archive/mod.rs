@@ -25,5 +25,7 @@ pub use manifest::{
     DrillRecord, DrillSetting, DrillVerdict, Manifest, ManifestDirectory, ManifestFile, ManifestStats,
     StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
-pub use stored_segment::{SegmentDirectory, StoredSegment, encode_segment};
+pub use stored_segment::{
+    PackedSegment, SegmentDirectory, StoredSegment, encode_segment, pack_segment, wal_digest,
+};
 pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow};

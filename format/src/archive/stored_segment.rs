@@ -1,5 +1,7 @@
 //! One object per segment: header, independently compressed chunks, index sections, directory, footer.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use sha2::{Digest as _, Sha256};
 
 use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, decompress};
@@ -54,41 +56,81 @@ fn pack(raw: &[u8], level: i32) -> Vec<u8> {
 
 /// Makes the stored object of a segment out of its bytes and its index. Chunks are compressed on `threads` threads.
 pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usize) -> Vec<u8> {
-    let chunks: Vec<&[u8]> = wal.chunks(CHUNK_BYTES).collect();
-    let share = chunks.len().div_ceil(threads.max(1)).max(1);
-    let digest = Sha256::digest;
-    let (packed, digest) = if threads > 1 && chunks.len() > 1 {
-        std::thread::scope(|scope| {
-            let work = |part: &[&[u8]]| part.iter().map(|c| pack(c, level)).collect::<Vec<_>>();
-            let handles: Vec<_> = chunks.chunks(share).map(|part| scope.spawn(move || work(part))).collect();
-            let digest = digest(wal);
-            let packed =
-                handles.into_iter().flat_map(|h| h.join().expect("compression does not panic")).collect();
-            (packed, digest)
-        })
-    } else {
-        (chunks.iter().map(|c| pack(c, level)).collect::<Vec<_>>(), digest(wal))
-    };
+    pack_segment(wal, level, threads, || ()).0.seal(index)
+}
 
-    let mut object = Header { kind: ObjectKind::Segment }.encode().to_vec();
-    let mut directory = Writer::new();
-    directory.u64(wal.len() as u64).u32(u32::try_from(CHUNK_BYTES).unwrap_or(u32::MAX)).bytes(&digest);
-    directory.varint(packed.len() as u64);
-    for stored in &packed {
-        directory.varint(stored.len() as u64).u32(crc32fast::hash(stored));
-        object.extend_from_slice(stored);
+/// SHA-256 over a segment's WAL, which is what its stored object says about itself.
+pub fn wal_digest(wal: &[u8]) -> [u8; 32] {
+    Sha256::digest(wal).into()
+}
+
+/// A segment's WAL, compressed and summed up: its stored object but for the index.
+#[derive(Debug, Clone)]
+pub struct PackedSegment {
+    wal_bytes: u64,
+    digest: [u8; 32],
+    chunks: Vec<Vec<u8>>,
+    level: i32,
+}
+
+/// Compresses a segment's WAL on `threads` threads, this one among them, which does `meanwhile` first: the records are
+/// read while their bytes are compressed.
+pub fn pack_segment<T>(
+    wal: &[u8],
+    level: i32,
+    threads: usize,
+    meanwhile: impl FnOnce() -> T,
+) -> (PackedSegment, T) {
+    let chunks: Vec<&[u8]> = wal.chunks(CHUNK_BYTES).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(chunk) = chunks.get(i) else { return done };
+            done.push((i, pack(chunk, level)));
+        }
+    };
+    let helpers = threads.saturating_sub(1).min(chunks.len().saturating_sub(1));
+    let (mut packed, digest, told) = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
+        let told = meanwhile();
+        let digest = wal_digest(wal);
+        let mut packed = work();
+        for handle in handles {
+            packed.extend(handle.join().expect("compression does not panic"));
+        }
+        (packed, digest, told)
+    });
+    packed.sort_unstable_by_key(|(i, _)| *i);
+    let chunks = packed.into_iter().map(|(_, chunk)| chunk).collect();
+    (PackedSegment { wal_bytes: wal.len() as u64, digest, chunks, level }, told)
+}
+
+impl PackedSegment {
+    /// The stored object's bytes.
+    pub fn seal(self, index: &SegmentIndex) -> Vec<u8> {
+        let mut object = Header { kind: ObjectKind::Segment }.encode().to_vec();
+        object.reserve_exact(self.chunks.iter().map(Vec::len).fold(0, usize::saturating_add));
+        let mut directory = Writer::new();
+        directory.u64(self.wal_bytes).u32(u32::try_from(CHUNK_BYTES).unwrap_or(u32::MAX)).bytes(&self.digest);
+        directory.varint(self.chunks.len() as u64);
+        for stored in self.chunks {
+            directory.varint(stored.len() as u64).u32(crc32fast::hash(&stored));
+            object.extend_from_slice(&stored);
+        }
+        let sections = index.encode_sections();
+        directory.varint(sections.len() as u64);
+        for (id, raw) in &sections {
+            let stored = pack(raw, self.level);
+            directory.u16(*id).u16(SECTION_VERSION);
+            directory.varint(stored.len() as u64).varint(raw.len() as u64).u32(crc32fast::hash(&stored));
+            object.extend_from_slice(&stored);
+        }
+        object.extend_from_slice(directory.as_bytes());
+        Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));
+        object
     }
-    let sections = index.encode_sections();
-    directory.varint(sections.len() as u64);
-    for (id, raw) in &sections {
-        let stored = pack(raw, level);
-        directory.u16(*id).u16(SECTION_VERSION);
-        directory.varint(stored.len() as u64).varint(raw.len() as u64).u32(crc32fast::hash(&stored));
-        object.extend_from_slice(&stored);
-    }
-    object.extend_from_slice(directory.as_bytes());
-    Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));
-    object
 }
 
 /// Where everything in a stored segment lies; enough to read any part by range.
