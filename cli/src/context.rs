@@ -87,6 +87,14 @@ impl Context {
         text.parse().map_err(|e| Failure::usage(format!("{e}")))
     }
 
+    /// The data directory that a flag or the configuration file names.
+    pub(crate) fn data_dir(&self, flag: Option<PathBuf>) -> Result<PathBuf, Failure> {
+        flag.or_else(|| self.config.data_dir.clone()).ok_or_else(|| {
+            Failure::usage("no data directory is named")
+                .hint("say --data-dir DIR, or put data_dir in the configuration file")
+        })
+    }
+
     /// The names of the cluster's objects.
     pub(crate) fn layout(&self) -> Result<Layout, Failure> {
         let name = self.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER);

@@ -2,6 +2,7 @@
 
 mod completions;
 mod fetch;
+mod init;
 mod man;
 
 use clap::Subcommand;
@@ -12,6 +13,7 @@ use crate::exit::Failure;
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Init(init::Args),
     Fetch(fetch::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -20,6 +22,7 @@ pub(crate) enum Command {
 /// Runs a verb.
 pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
+        Command::Init(args) => init::run(args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),
