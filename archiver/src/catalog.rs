@@ -32,9 +32,7 @@ const CACHE_FORM: u32 = 1;
 #[non_exhaustive]
 pub enum CatalogError {
     /// The archive has no such cluster.
-    #[error(
-        "the archive {archive} has no cluster {cluster}; {there}\nhint: name it with --cluster, or make it with waltide init"
-    )]
+    #[error("the archive {archive} has no cluster {cluster}; {there}")]
     NoCluster {
         /// The archive's address.
         archive: String,
@@ -54,7 +52,7 @@ pub enum CatalogError {
         there: String,
     },
     /// An object without which nothing else can be understood is damaged.
-    #[error("{path} is damaged\nhint: it is small and never changes; put a copy of it back")]
+    #[error("{path} is damaged")]
     Damaged {
         /// The object.
         path: String,

@@ -8,4 +8,6 @@
 
 pub mod catalog;
 pub mod engines;
+pub mod host;
 pub mod init;
+pub mod status;

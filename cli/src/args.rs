@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser};
+use waltide_format::SystemId;
 
 use crate::commands::Command;
 
@@ -27,6 +28,12 @@ pub(crate) struct Global {
     /// The cluster in the archive [env: WALTIDE_CLUSTER] [default: main]
     #[arg(long, global = true, value_name = "NAME", help_heading = "Global options")]
     pub(crate) cluster: Option<String>,
+    /// The system identifier, where the cluster has had several (pg_upgrade); the newest unless given
+    #[arg(long, global = true, value_name = "ID", help_heading = "Global options")]
+    pub(crate) system: Option<SystemId>,
+    /// Where the catalogue cache lies; "" does without. Deleting it loses nothing
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    pub(crate) cache: Option<PathBuf>,
     /// The configuration file [env: WALTIDE_CONFIG] [default: /etc/waltide/waltide.toml where it exists]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
     pub(crate) config: Option<PathBuf>,

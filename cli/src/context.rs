@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use waltide_format::archive::{Envelope, Layout, ObjectKind, WaltideInfo};
-use waltide_storage::{Archive, ArchiveUrl, NoProgress, Progress};
+use waltide_archiver::catalog::{self, CatalogError};
+use waltide_format::SystemId;
+use waltide_format::archive::{BackupEntry, Catalog, Envelope, Layout, ObjectKind, WaltideInfo};
+use waltide_storage::{Archive, ArchiveUrl, CatalogueCache, NoProgress, Progress};
 
 use crate::args::Global;
 use crate::config::{Config, parse_dotenv};
@@ -28,6 +30,9 @@ pub(crate) struct Context {
     pub(crate) config_path: Option<PathBuf>,
     archive: Option<String>,
     cluster: Option<String>,
+    system: Option<SystemId>,
+    cache: Option<PathBuf>,
+    archive_id: OnceLock<String>,
     dotenv: BTreeMap<String, String>,
 }
 
@@ -45,6 +50,9 @@ impl Context {
             threads: 1,
             archive: None,
             cluster: None,
+            system: global.system,
+            cache: global.cache.clone().or_else(|| config.cache.clone()),
+            archive_id: OnceLock::new(),
             config,
             config_path,
             dotenv,
@@ -135,7 +143,32 @@ impl Context {
             );
             return Err(Failure::message(1, text).hint("use a newer waltide"));
         }
+        self.archive_id.get_or_init(|| info.archive_id);
         Ok(archive)
+    }
+
+    /// What the archive holds for the cluster, out of the cache where that knows it.
+    pub(crate) async fn catalog(&self, archive: &Archive, layout: &Layout) -> Result<Catalog, Failure> {
+        let cache = self.cache_path(archive).map(|path| CatalogueCache::open(&path));
+        let loaded = catalog::load(archive, layout, self.system, cache.as_ref(), self.threads).await;
+        loaded.map_err(|e| {
+            let status = if e.is_damage() { 3 } else { 1 };
+            let hint = match e {
+                CatalogError::NoCluster { .. } => "name it with --cluster, or make it with `waltide init`",
+                CatalogError::Damaged { .. } => "it is small and never changes: put a copy of it back",
+                _ => return Failure::from(e),
+            };
+            Failure::from(e).status(status).hint(hint)
+        })
+    }
+
+    /// The cache's file: `--cache`, the configuration's, or one of the user's own; none where that is empty.
+    fn cache_path(&self, archive: &Archive) -> Option<PathBuf> {
+        match &self.cache {
+            Some(path) if path.as_os_str().is_empty() => None,
+            Some(path) => Some(path.clone()),
+            None => catalog::default_cache_path(archive.url(), self.archive_id.get()?),
+        }
     }
 
     /// Bars on a terminal, nothing elsewhere.
@@ -145,5 +178,27 @@ impl Context {
             true => Arc::new(Bars::new()),
             false => Arc::new(NoProgress),
         }
+    }
+}
+
+/// The backup that `text` names: an id, the beginning of one, or `latest`.
+pub(crate) fn find_backup<'a>(catalog: &'a Catalog, text: &str) -> Result<&'a BackupEntry, Failure> {
+    let named = |b: &&BackupEntry| b.head.id.as_str().starts_with(text);
+    let mut found = catalog.backups.iter().filter(named);
+    let backup = match text {
+        "latest" => catalog.backups.iter().max_by_key(|b| b.head.stopped),
+        "" => None,
+        _ => found.next(),
+    };
+    let Some(backup) = backup else {
+        let text = format!("cluster {} has no backup {text}", catalog.cluster);
+        return Err(Failure::message(1, text).hint("`waltide list` shows which there are"));
+    };
+    match found.next() {
+        Some(other) if text != "latest" => {
+            let ids = format!("{} and {}", backup.head.id, other.head.id);
+            Err(Failure::usage(format!("{text} is the beginning of {ids}; say more of it")))
+        }
+        _ => Ok(backup),
     }
 }

@@ -26,7 +26,7 @@ impl Verb {
         let mut words = args.iter().skip(1).map(|a| a.to_string_lossy());
         while let Some(word) = words.next() {
             match word.as_ref() {
-                "--archive" | "--cluster" | "--config" | "--threads" => {
+                "--archive" | "--cluster" | "--system" | "--cache" | "--config" | "--threads" => {
                     words.next();
                 }
                 "fetch" => return Self::Fetch,

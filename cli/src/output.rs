@@ -6,6 +6,7 @@ use std::io::Write as _;
 
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
+use waltide_format::TimestampTz;
 
 use crate::args::Global;
 use crate::context::Context;
@@ -73,6 +74,26 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     };
     let body = rows.iter().map(|r| line(r.iter().map(String::as_str).collect()));
     std::iter::once(line(head.to_vec())).chain(body).collect::<Vec<_>>().join("\n")
+}
+
+/// What is known of one thing, a fact a line.
+pub(crate) fn facts(lines: &[(&str, String)]) -> String {
+    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    let line = |(name, text): &(&str, String)| format!("{name:<width$}  {text}").trim_end().to_owned();
+    lines.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A name of ours, as JSON has it.
+pub(crate) fn word<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        _ => String::new(),
+    }
+}
+
+/// A moment, to the second.
+pub(crate) fn time(t: TimestampTz) -> String {
+    t.to_jiff().map_or_else(|| t.to_string(), |t| t.strftime("%Y-%m-%d %H:%M:%S UTC").to_string())
 }
 
 /// Bytes for people: 1.5 GiB.

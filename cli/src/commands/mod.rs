@@ -2,8 +2,11 @@
 
 mod completions;
 mod fetch;
+mod info;
 mod init;
+mod list;
 mod man;
+mod status;
 
 use clap::Subcommand;
 
@@ -15,6 +18,9 @@ use crate::exit::Failure;
 pub(crate) enum Command {
     Init(init::Args),
     Fetch(fetch::Args),
+    List(list::Args),
+    Info(info::Args),
+    Status(status::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -24,6 +30,9 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
     match command {
         Command::Init(args) => init::run(args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
+        Command::List(args) => list::run(&args, context).await,
+        Command::Info(args) => info::run(&args, context).await,
+        Command::Status(args) => status::run(&args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),
     }

@@ -1,0 +1,81 @@
+//! `waltide status`: how the archive stands.
+
+use std::time::Duration;
+
+use waltide_archiver::host;
+use waltide_archiver::status::{Health, Status, status};
+use waltide_format::TimestampTz;
+
+use crate::context::Context;
+use crate::exit::Failure;
+use crate::output;
+
+/// Show what can be restored to, what is missing or damaged, and how far the archive lags
+///
+/// Ends with 0 when all is well, 3 when the archive is damaged or incomplete, 1 for any other alert.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Raise an alert where the last backup is older than this many hours (26 if no number is given)
+    #[arg(long, value_name = "HOURS", num_args = 0..=1, default_missing_value = "26")]
+    max_age: Option<f64>,
+}
+
+pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
+    let max_age = args.max_age.map(|hours| Duration::try_from_secs_f64(hours * 3600.0));
+    let max_age = max_age.transpose().map_err(|_| Failure::usage("--max-age is not a number of hours"))?;
+    let (archive, layout) = (context.archive().await?, context.layout()?);
+    let catalog = context.catalog(&archive, &layout).await?;
+    let now = TimestampTz::from_jiff(jiff::Timestamp::now());
+    let found = status(&catalog, now, max_age, |s| host::is_running(&s.host, s.pid));
+    output::answer(context, &found, || text(&found))?;
+    match found.health {
+        Health::Ok => Ok(()),
+        Health::Warning => Err(Failure::silent(1)),
+        Health::Damaged => Err(Failure::silent(3)),
+    }
+}
+
+fn text(s: &Status) -> String {
+    let mut facts =
+        vec![("cluster", format!("{}, PostgreSQL {}, system {}", s.cluster, s.major, s.system_id))];
+    facts.push(match &s.last_backup {
+        Some(b) => {
+            let (kind, age) = (output::word(&b.kind), output::duration(b.age_seconds));
+            ("backups", format!("{}, the last {} ({kind}) ended {age} ago", s.backups, b.id))
+        }
+        None => ("backups", "none".to_owned()),
+    });
+    for u in &s.unfinished {
+        let what = if u.interrupted { "interrupted" } else { "running" };
+        let (age, started) = (output::duration(u.age_seconds), &u.started);
+        let text = format!("{} on {}, process {}, started {age} ago", started.id, started.host, started.pid);
+        facts.push((what, text));
+    }
+    if let Some(wal) = &s.wal {
+        let stored = output::bytes(s.wal_stored_bytes);
+        facts.push((
+            "WAL",
+            format!("{} segments, {stored}, up to {} in {}", s.segments, wal.end, wal.segment),
+        ));
+        if let (Some(time), Some(lag)) = (wal.last_commit, wal.lag_seconds) {
+            facts.push(("last commit", format!("{}, {} ago", output::time(time), output::duration(lag))));
+        }
+    }
+    for w in &s.windows {
+        let to = w.to_time.map_or(String::new(), |t| format!(" ({})", output::time(t)));
+        let range = format!("{} ({}) to {}{to}", w.from, output::time(w.from_time), w.to);
+        let n = w.backups.len();
+        let backups = if n == 1 { "1 backup".to_owned() } else { format!("{n} backups") };
+        facts.push(("window", format!("timeline {}: {range}, from {backups}", w.timeline)));
+    }
+    let label = |health| match health {
+        Health::Damaged => "DAMAGED",
+        Health::Warning => "warning",
+        Health::Ok => "note",
+    };
+    facts.extend(s.alerts.iter().map(|a| (label(a.health), a.text.clone())));
+    if s.alerts.is_empty() {
+        facts.push(("alerts", "none".to_owned()));
+    }
+    output::facts(&facts)
+}
