@@ -1,5 +1,7 @@
 //! Walks a segment's pages and puts its records together, over page edges and over segment edges.
 
+use std::fmt;
+
 use crate::engines::postgres::cluster::History;
 use crate::engines::postgres::wal::page::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
 use crate::engines::postgres::wal::record::{
@@ -113,6 +115,29 @@ pub enum EndReason {
     },
     /// The bytes given end before the segment does.
     BytesEnd,
+    /// A page or record is broken, where a broken one may end the log.
+    Damage,
+}
+
+impl EndReason {
+    /// Whether the log stops inside the segment.
+    pub const fn is_inside(self) -> bool {
+        !matches!(self, Self::SegmentEnd { .. } | Self::Continues)
+    }
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SegmentEnd { switched: false } | Self::Continues => f.write_str("the segment ends"),
+            Self::SegmentEnd { switched: true } => f.write_str("the server switched to the next segment"),
+            Self::ZeroLength => f.write_str("there are zeros where a record should start"),
+            Self::ZeroPage => f.write_str("there are zeros where a page should start"),
+            Self::OldPage { address } => write!(f, "the next page is an old one, of {address}"),
+            Self::BytesEnd => f.write_str("the file ends"),
+            Self::Damage => f.write_str("what follows is broken"),
+        }
+    }
 }
 
 /// Where and why the log stops.
@@ -124,6 +149,21 @@ pub struct LogEnd {
     pub valid_end: Lsn,
     /// Where the reason was found.
     pub found_at: Lsn,
+}
+
+impl LogEnd {
+    /// The same, for a log that should go on there.
+    pub(crate) fn as_damage(&self, span: SegmentSpan) -> Damage {
+        let at = self.found_at;
+        let damage = match self.reason {
+            EndReason::OldPage { address } => {
+                Damage::mismatch("xlp_pageaddr", at.saturating_add(8), address.get(), at.get())
+            }
+            EndReason::ZeroLength => Damage::invalid("xl_tot_len", at, 0),
+            _ => Damage::invalid("xlp_magic", at, 0),
+        };
+        damage.in_segments_of(span.size.bytes())
+    }
 }
 
 /// What [`RecordStream::next_record`] found.

@@ -262,6 +262,7 @@ impl WalBuilder {
             let room = segment - self.log.len() % segment - left;
             match room {
                 0 => return,
+                room if room == segment => return,
                 // Header, data header and data fill what is left of the last page.
                 1..=200 => self.message(room - 26),
                 _ => self.message((room - 200).clamp(40, 2900)),
