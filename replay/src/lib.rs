@@ -7,3 +7,15 @@
 )]
 
 pub mod engines;
+mod plan;
+mod resolve;
+mod target;
+#[cfg(test)]
+mod testing;
+
+pub use plan::{
+    Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,
+    reachable_windows,
+};
+pub use resolve::{Events, LastCommit, Source, Stop, StopKind};
+pub use target::{Goal, GoalError, Target, TargetAction, TargetTimeline};

@@ -11,15 +11,17 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use waltide_format::archive::{
-    Ending, Envelope, Layout, ObjectKind, StoredSegment, SystemInfo, SystemLayout, WalFile, WalObject,
+    Ending, Envelope, Layout, ObjectKind, SegmentInfo, StoredSegment, SystemInfo, SystemLayout, WalFile,
+    WalObject,
 };
-use waltide_format::{Corrupt, Reader, SegmentName, SystemId, WalFileName};
+use waltide_format::engines::postgres::wal::{Damage, Expected, Next, RecordStream, SegmentSpan};
+use waltide_format::{Corrupt, Lsn, Reader, SegmentName, SystemId, WalFileName};
 use waltide_storage::{Archive, ArchiveUrl, Bytes, StorageError};
 
 use super::queue::{Queue, ReadAhead, Wanted, remove_unfinished};
 
 /// The largest segment, stored as it is, and its index.
-const SEGMENT_OBJECT_BYTES_MAX: u64 = (1 << 30) + (256 << 20);
+pub(crate) const SEGMENT_OBJECT_BYTES_MAX: u64 = (1 << 30) + (256 << 20);
 /// No history file, backup note or JSON object is larger.
 const SMALL_OBJECT_BYTES_MAX: u64 = 1 << 20;
 /// The waits between attempts to reach the archive.
@@ -65,6 +67,16 @@ pub enum FetchError {
         path: String,
         /// What is wrong with it.
         source: Corrupt,
+    },
+    /// The WAL in the object is not WAL, although it is what was stored.
+    #[error(
+        "the WAL in {path} is damaged\nhint: run `waltide verify`; a copy of the segment may still be in a server's pg_wal"
+    )]
+    Wal {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        source: Damage,
     },
     /// The object holds something else than its name says.
     #[error(
@@ -392,7 +404,27 @@ fn check(
         let found = format!("{} of system {}", info.name, info.system_id);
         return Err(FetchError::Foreign { path, found, expected: format!("{name} of system {system}") });
     }
+    match check_records(&segment.wal, info) {
+        // The operator chose to archive it so; recovery will stop at the damage.
+        Err(damage) if !segment.index.faults.is_empty() => {
+            tracing::warn!("{path} was archived with a fault on purpose: {damage}");
+        }
+        Err(source) => return Err(FetchError::Wal { path, source }),
+        Ok(()) => {}
+    }
     Ok(segment)
+}
+
+/// Every page header and every record's checksum, as far as the log goes.
+fn check_records(wal: &[u8], info: &SegmentInfo) -> Result<(), Damage> {
+    let start = info.name.start(info.size).unwrap_or(Lsn::MAX);
+    let Some(span) = SegmentSpan::containing(start, info.size) else { return Ok(()) };
+    let system_ids = [info.system_id];
+    let timeline = Some(info.name.timeline());
+    let expected = Expected { system_ids: &system_ids, major: Some(info.major), timeline, history: None };
+    let mut stream = RecordStream::new(wal, span, expected, None)?;
+    while let Next::Record(_) = stream.next_record()? {}
+    Ok(())
 }
 
 fn next_ahead(queue: &Queue, wanted: Wanted, request: &FetchRequest) -> Option<Wanted> {
@@ -449,4 +481,231 @@ fn write(dest: &Path, contents: &[u8], bytes: u64) -> Result<(), FetchError> {
         let _ = fs::remove_file(&unfinished);
         FetchError::Local { doing: "write", path: dest.to_owned(), source }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use waltide_format::archive::WaltideInfo;
+    use waltide_format::{SegmentSize, TimelineId};
+
+    use super::*;
+    use crate::testing;
+
+    const SYSTEM: u64 = 7_300_000_000_000_000_001;
+
+    struct Place {
+        _dirs: (tempfile::TempDir, tempfile::TempDir),
+        archive: Archive,
+        fetcher: Fetcher,
+        data_dir: PathBuf,
+        layout: SystemLayout,
+    }
+
+    /// An archive and a data directory of the same system.
+    async fn place() -> Place {
+        let dirs = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let archive = Archive::create(&dirs.0.path().to_str().unwrap().parse().unwrap()).await.unwrap();
+        let layout = Layout::new("main").unwrap();
+        let info = WaltideInfo { format_version: 1, archive_id: "00".into(), created: Default::default() };
+        put(&archive, Layout::WALTIDE_JSON, Envelope::seal_json(ObjectKind::Json, &info)).await;
+        let system = layout.system(SYSTEM.into());
+        let info = testing::system(SYSTEM);
+        put(&archive, &system.system_json(), Envelope::seal_json(ObjectKind::Json, &info)).await;
+        let data_dir = dirs.1.path().to_owned();
+        fs::create_dir_all(data_dir.join("pg_wal")).unwrap();
+        fs::create_dir_all(data_dir.join("global")).unwrap();
+        fs::write(data_dir.join("PG_VERSION"), "15\n").unwrap();
+        fs::write(data_dir.join("global/pg_control"), SYSTEM.to_le_bytes()).unwrap();
+        let fetcher = Fetcher::new(archive.clone(), layout);
+        Place { _dirs: dirs, archive, fetcher, data_dir, layout: system }
+    }
+
+    async fn put(archive: &Archive, path: &str, bytes: Vec<u8>) {
+        archive.put_new(path, bytes.into()).await.unwrap();
+    }
+
+    impl Place {
+        fn request(&self, name: &str) -> FetchRequest {
+            FetchRequest {
+                name: name.parse().unwrap(),
+                dest: "pg_wal/RECOVERYXLOG".into(),
+                data_dir: self.data_dir.clone(),
+                system_id: None,
+                ahead: ReadAhead { segments: 4, bytes: 8 << 20 },
+            }
+        }
+
+        async fn fetch(&self, name: &str) -> Result<Fetched, FetchError> {
+            self.fetcher.fetch(&self.request(name)).await
+        }
+
+        async fn put_segment(&self, number: u64, ending: Ending) -> Vec<u8> {
+            let (name, wal, object) = testing::stored_segment(SYSTEM, number, ending);
+            put(&self.archive, &self.layout.wal_file(WalFileName::Segment(name)), object).await;
+            wal
+        }
+
+        fn dest(&self) -> Option<Vec<u8>> {
+            fs::read(self.data_dir.join("pg_wal/RECOVERYXLOG")).ok()
+        }
+
+        fn failed(&self, e: &FetchError) -> bool {
+            e.outcome(&self.data_dir) == FetchOutcome::Failed
+        }
+    }
+
+    #[tokio::test]
+    async fn a_segment_is_brought_and_the_next_ones_wait_in_the_queue() {
+        let place = place().await;
+        let mut wals = Vec::new();
+        for n in 3..10 {
+            wals.push(place.put_segment(n, Ending::Full).await);
+        }
+        let first = place.fetch("000000010000000000000003").await.unwrap();
+        assert_eq!((first.bytes, first.from_queue), (1 << 20, false));
+        assert!(place.dest().unwrap() == wals[0]);
+        let request = place.request("000000010000000000000003");
+        let brought = place.fetcher.read_ahead(&request, first.ahead.unwrap()).await.unwrap();
+        assert_eq!(brought, 4);
+        // What waits is taken even where the archive is gone.
+        for n in 4..8 {
+            let name = testing::segment_name(n);
+            place.archive.delete(&place.layout.wal_file(WalFileName::Segment(name))).await.unwrap();
+            let fetched = place.fetch(&name.to_string()).await.unwrap();
+            assert_eq!(fetched.ahead.is_some(), n >= 5, "half of them are still there after segment 4");
+            assert!(fetched.from_queue && place.dest().unwrap() == wals[n as usize - 3]);
+        }
+        assert!(!place.fetch("000000010000000000000008").await.unwrap().from_queue);
+        let _ = place.fetch("00000002.history").await.unwrap_err();
+        assert!(!place.data_dir.join("pg_wal/waltide-queue").exists(), "recovery begins or ends here");
+    }
+
+    #[tokio::test]
+    async fn the_copy_that_reaches_furthest_is_brought_and_filled_up_with_zeros() {
+        let place = place().await;
+        let short = place.put_segment(3, Ending::EndOfLog).await;
+        let fetched = place.fetch("000000010000000000000003").await.unwrap();
+        assert_eq!(fetched.ahead, None, "nothing follows a log that ends");
+        assert!(short.len() < 1 << 20);
+        let found = place.dest().unwrap();
+        assert!(found.len() == 1 << 20 && found.starts_with(&short));
+        assert!(found[short.len()..].iter().all(|b| *b == 0));
+
+        let (name, wal, object) = testing::stored_segment(SYSTEM, 3, Ending::Full);
+        let of = WalFileName::Segment(name);
+        let longer = WalObject::Longer { of, valid_end: Lsn::from(4 << 20) };
+        put(&place.archive, &place.layout.wal_object(longer), object).await;
+        place.fetch("000000010000000000000003").await.unwrap();
+        assert!(place.dest().unwrap() == wal);
+    }
+
+    #[tokio::test]
+    async fn every_flipped_byte_of_a_segment_is_found_and_nothing_gets_the_name() {
+        let place = place().await;
+        let (name, _, object) = testing::stored_segment(SYSTEM, 3, Ending::Full);
+        for at in (0..object.len()).step_by(7) {
+            let mut bad = object.clone();
+            bad[at] ^= 0x10;
+            let err = check(&bad, "x".into(), SYSTEM.into(), name).unwrap_err();
+            assert!(place.failed(&err), "byte {at}");
+        }
+        let mut bad = object.clone();
+        bad[20] ^= 1;
+        put(&place.archive, &place.layout.wal_file(WalFileName::Segment(name)), bad).await;
+        let err = place.fetch("000000010000000000000003").await.unwrap_err();
+        assert!(
+            place.failed(&err)
+                && err
+                    .to_string()
+                    .starts_with("main/7300000000000000001/wal/00000001/000000010000000000000003 is damaged"),
+            "{err}"
+        );
+        assert_eq!((place.dest(), fs::read_dir(place.data_dir.join("pg_wal")).unwrap().count()), (None, 0));
+    }
+
+    #[tokio::test]
+    async fn a_record_that_is_damaged_under_right_checksums_is_found() {
+        let (name, mut wal, object) = testing::stored_segment(SYSTEM, 3, Ending::Full);
+        let index = StoredSegment::decode(&object).unwrap().index;
+        wal[2] = 0xFF; // xlp_info
+        let object = waltide_format::archive::encode_segment(&wal, &index, 1, 1);
+        let err = check(&object, "x".into(), SYSTEM.into(), name).unwrap_err();
+        assert!(matches!(err, FetchError::Wal { .. }), "{err}");
+    }
+
+    #[tokio::test]
+    async fn a_segment_of_another_name_or_system_is_not_handed_over() {
+        let place = place().await;
+        let (_, _, object) = testing::stored_segment(SYSTEM, 4, Ending::Full);
+        let (three, _, foreign) = testing::stored_segment(99, 3, Ending::Full);
+        let path = place.layout.wal_file(WalFileName::Segment(three));
+        for object in [object, foreign] {
+            put(&place.archive, &path, object).await;
+            let err = place.fetch("000000010000000000000003").await.unwrap_err();
+            assert!(matches!(err, FetchError::Foreign { .. }) && place.failed(&err), "{err}");
+            place.archive.delete(&path).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn not_there_is_answered_only_by_the_archive_that_would_have_it() {
+        let place = place().await;
+        for name in ["000000010000000000000003", "00000002.history", "000000010000000000000003.partial"] {
+            let err = place.fetch(name).await.unwrap_err();
+            assert_eq!(err.outcome(&place.data_dir), FetchOutcome::NotThere, "{err}");
+        }
+        // Another system's data directory.
+        fs::write(place.data_dir.join("global/pg_control"), 5u64.to_le_bytes()).unwrap();
+        let err = place.fetch("000000010000000000000003").await.unwrap_err();
+        assert!(matches!(err, FetchError::NoSystem { .. }) && place.failed(&err), "{err}");
+        // A mount point with nothing mounted.
+        let empty = tempfile::tempdir().unwrap();
+        let archive = Archive::create(&empty.path().to_str().unwrap().parse().unwrap()).await.unwrap();
+        let fetcher = Fetcher::new(archive, Layout::new("main").unwrap());
+        let err = fetcher.fetch(&place.request("000000010000000000000003")).await.unwrap_err();
+        assert!(matches!(err, FetchError::NoArchive { .. }) && place.failed(&err), "{err}");
+        fs::write(place.data_dir.join("standby.signal"), "").unwrap();
+        assert_eq!(err.outcome(&place.data_dir), FetchOutcome::TryAgain);
+    }
+
+    #[tokio::test]
+    async fn without_a_data_directory_the_newest_system_is_meant() {
+        let place = place().await;
+        let mut newer = testing::system(SYSTEM + 1);
+        newer.created = "2030-01-01T00:00:00Z".parse().unwrap();
+        let path = Layout::new("main").unwrap().system((SYSTEM + 1).into()).system_json();
+        put(&place.archive, &path, Envelope::seal_json(ObjectKind::Json, &newer)).await;
+        let wal = place.put_segment(3, Ending::Full).await;
+        let out = tempfile::tempdir().unwrap();
+        let mut request = place.request("000000010000000000000003");
+        request.data_dir = out.path().to_owned();
+        request.dest = "segment".into();
+        let err = place.fetcher.fetch(&request).await.unwrap_err();
+        assert_eq!(err.outcome(out.path()), FetchOutcome::NotThere, "the newest has no WAL: {err}");
+        request.system_id = Some(SYSTEM.into());
+        let fetched = place.fetcher.fetch(&request).await.unwrap();
+        assert_eq!(fetched.ahead, None, "there is no pg_wal to put a queue in");
+        assert!(fs::read(out.path().join("segment")).unwrap() == wal);
+    }
+
+    #[tokio::test]
+    async fn a_history_file_is_brought_under_its_own_name_only() {
+        let place = place().await;
+        let two = WalFileName::History(TimelineId::new(2).unwrap());
+        let file = WalFile { name: two, contents: b"1\t0/3000000\tx\n".to_vec() };
+        put(&place.archive, &place.layout.wal_file(two), file.encode()).await;
+        place.fetch("00000002.history").await.unwrap();
+        assert_eq!(place.dest().unwrap(), file.contents);
+        let three = WalFileName::History(TimelineId::new(3).unwrap());
+        put(&place.archive, &place.layout.wal_file(three), file.encode()).await;
+        let err = place.fetch("00000003.history").await.unwrap_err();
+        assert!(matches!(err, FetchError::Foreign { .. }), "{err}");
+    }
+
+    #[test]
+    fn a_queue_never_holds_more_than_it_may() {
+        let size = |mb: u64| SegmentSize::new(mb << 20).unwrap();
+        let count = |mb| ReadAhead::default().count(size(mb));
+        assert_eq!([count(1), count(16), count(64), count(1024)], [8, 8, 2, 0]);
+    }
 }

@@ -1,7 +1,9 @@
 //! PostgreSQL's read side.
 
 mod fetch;
+mod indexes;
 mod queue;
 
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
+pub use indexes::{ArchivedIndexes, SearchError};
 pub use queue::{ReadAhead, Wanted};

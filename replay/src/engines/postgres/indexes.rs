@@ -1,0 +1,174 @@
+//! The planner's eyes: segments' indexes out of their objects' tails, and the WAL itself where those end.
+
+use std::sync::Arc;
+
+use waltide_format::archive::{CommitKind, SegmentDirectory, SegmentEntry, StoredSegment, XactEnd};
+use waltide_format::engines::postgres::wal::{
+    Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XactKind, XactRecord, XlogRecord,
+};
+use waltide_format::{Corrupt, Lsn};
+use waltide_storage::{Archive, Bytes, StorageError};
+
+use super::fetch::SEGMENT_OBJECT_BYTES_MAX;
+use crate::resolve::{Events, Source};
+
+/// Most indexes lie in this much of their object's end.
+const TAIL_BYTES: u64 = 64 << 10;
+
+/// Why a segment could not be searched.
+#[derive(Debug, thiserror::Error)]
+pub enum SearchError {
+    /// The archive failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The object is damaged.
+    #[error("{path} is damaged\nhint: run `waltide verify`")]
+    Damaged {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        source: Corrupt,
+    },
+    /// The WAL in it is damaged.
+    #[error("the WAL in {path} is damaged\nhint: run `waltide verify`")]
+    Wal {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        source: Damage,
+    },
+}
+
+/// Reads indexes out of an archive.
+#[derive(Debug, Clone)]
+pub struct ArchivedIndexes {
+    archive: Archive,
+}
+
+impl ArchivedIndexes {
+    /// Those of the segments in `archive`.
+    pub const fn new(archive: Archive) -> Self {
+        Self { archive }
+    }
+
+    async fn tail(&self, path: &str, bytes: u64) -> Result<(Bytes, u64), SearchError> {
+        if bytes > SEGMENT_OBJECT_BYTES_MAX {
+            let source = Corrupt::too_large("directory", 0, bytes, SEGMENT_OBJECT_BYTES_MAX);
+            return Err(SearchError::Damaged { path: path.to_owned(), source });
+        }
+        Ok(self.archive.get_tail(path, bytes).await?)
+    }
+
+    async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
+        let object = self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?;
+        let path = entry.path.clone();
+        let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode(&object)).await;
+        let decoded = decoded.expect("decoding a segment does not panic");
+        decoded.map(|s| s.wal).map_err(|source| SearchError::Damaged { path, source })
+    }
+
+    /// Calls `look` with the records of `segments`, neighbours in order, until it has found something.
+    async fn records<T: Send + 'static>(
+        &self,
+        segments: &[&SegmentEntry],
+        look: impl Fn(&Record<'_>) -> Option<T> + Clone + Send + 'static,
+    ) -> Result<Option<T>, SearchError> {
+        let mut tail: Option<PreviousTail> = None;
+        for entry in segments {
+            let wal = self.wal(entry).await?;
+            let (info, look, before) = (entry.info.clone(), look.clone(), tail.take());
+            let search = move || -> Result<(Option<T>, Option<PreviousTail>), Damage> {
+                let start = info.name.start(info.size).unwrap_or(Lsn::MAX);
+                let Some(span) = SegmentSpan::containing(start, info.size) else { return Ok((None, None)) };
+                let expected = Expected { major: Some(info.major), ..Expected::default() };
+                let mut stream = RecordStream::new(&wal, span, expected, before)?;
+                while let Next::Record(record) = stream.next_record()? {
+                    if let Some(found) = look(&record) {
+                        return Ok((Some(found), None));
+                    }
+                }
+                Ok((None, stream.into_tail()))
+            };
+            let searched = tokio::task::spawn_blocking(search).await.expect("reading records does not panic");
+            let (found, left) =
+                searched.map_err(|source| SearchError::Wal { path: entry.path.clone(), source })?;
+            if found.is_some() {
+                return Ok(found);
+            }
+            tail = left;
+        }
+        Ok(None)
+    }
+}
+
+impl Source for ArchivedIndexes {
+    type Error = SearchError;
+
+    async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, SearchError> {
+        let path = &entry.path;
+        let damaged = |source| SearchError::Damaged { path: path.clone(), source };
+        let (mut tail, size) = self.tail(path, TAIL_BYTES).await?;
+        let directory = match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
+            Ok(directory) => directory,
+            Err(needed) => {
+                tail = self.tail(path, needed).await?.0;
+                let again = SegmentDirectory::decode(&tail, size).map_err(damaged)?;
+                again.map_err(|needed| damaged(Corrupt::too_large("directory", 0, needed, size)))?
+            }
+        };
+        let needed = directory.tail_bytes(size);
+        if needed > tail.len() as u64 {
+            tail = self.tail(path, needed).await?.0;
+        }
+        Ok(Arc::new(Events::of(directory.index(&tail, size).map_err(damaged)?)))
+    }
+
+    async fn straddler(
+        &self,
+        before: &SegmentEntry,
+        after: &SegmentEntry,
+    ) -> Result<Arc<Events>, SearchError> {
+        let edge = before.info.name.end(before.info.size).unwrap_or(Lsn::MAX);
+        let look = move |record: &Record<'_>| {
+            let over = record.start < edge && record.end > edge;
+            (over || record.start >= edge).then(|| if over { events_of(record) } else { Events::default() })
+        };
+        Ok(Arc::new(self.records(&[before, after], look).await?.unwrap_or_default()))
+    }
+
+    async fn record_from(
+        &self,
+        segments: &[&SegmentEntry],
+        from: Lsn,
+    ) -> Result<Option<(Lsn, Lsn)>, SearchError> {
+        let look = move |record: &Record<'_>| (record.start >= from).then_some((record.start, record.end));
+        self.records(segments, look).await
+    }
+}
+
+/// What a target can mean by a record.
+fn events_of(record: &Record<'_>) -> Events {
+    let mut events = Events::default();
+    if let Some(Ok(XlogRecord::RestorePoint(point))) = XlogRecord::decode(record) {
+        events.restore_points.push((point.name, point.time, record.start, record.end));
+    }
+    if let Some(Ok(xact)) = XactRecord::decode(record) {
+        events.xacts.push(XactEnd {
+            kind: match xact.kind {
+                XactKind::Commit => CommitKind::Commit,
+                XactKind::Abort => CommitKind::Abort,
+                XactKind::CommitPrepared => CommitKind::CommitPrepared,
+                XactKind::AbortPrepared => CommitKind::AbortPrepared,
+            },
+            xid: xact.xid,
+            start: record.start,
+            end: record.end,
+            time: xact.time,
+            db_oid: xact.db_oid,
+            subxacts: xact.subxacts,
+            dropped: xact.dropped,
+            gid: xact.gid,
+        });
+    }
+    events
+}

@@ -1,0 +1,689 @@
+//! What a restore will do, known before it does anything: the base backup, the WAL, the exact end; or why not.
+
+use std::fmt;
+
+use serde::Serialize;
+use waltide_format::archive::{
+    BackupEntry, BackupKind, Catalog, DrillRecord, Gap, GapKind, Lineage, Run, Tablespace,
+};
+use waltide_format::{BackupId, Lsn, PgMajor, SegmentName, SystemId, TimelineId, TimestampTz};
+
+use crate::resolve::{LastCommit, Reading, Resolution, Source, Stop, StopKind};
+use crate::target::{Goal, GoalError, Target, TargetTimeline};
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The target contradicts itself.
+    #[error(transparent)]
+    Goal(#[from] GoalError),
+    /// The archive has no complete backup.
+    #[error("cluster {cluster} has no complete backup\nhint: make one with `waltide backup`")]
+    NoBackup {
+        /// The cluster's name.
+        cluster: String,
+    },
+    /// The backup named is not there.
+    #[error("cluster {cluster} has no complete backup {backup}\nhint: `waltide list` shows those there are")]
+    UnknownBackup {
+        /// The cluster's name.
+        cluster: String,
+        /// The backup asked for.
+        backup: BackupId,
+    },
+    /// Nothing in the archive is of this timeline.
+    #[error("the archive has nothing of timeline {timeline}; it has {known}")]
+    NoTimeline {
+        /// The timeline asked for.
+        timeline: TimelineId,
+        /// Those there are.
+        known: String,
+    },
+    /// The target cannot be reached.
+    #[error(transparent)]
+    Unreachable(Box<Unreachable>),
+    /// A segment's index could not be read.
+    #[error("the archived WAL could not be searched for the target")]
+    Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A target that cannot be reached: why, and which can.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Unreachable {
+    /// The target, in words.
+    pub target: String,
+    /// Why not.
+    pub reason: String,
+    /// The latest moment before it that can be reached.
+    pub before: Option<Reachable>,
+    /// The earliest moment after it that can be reached.
+    pub after: Option<Reachable>,
+    /// What stood in the way of each backup, newest first.
+    pub attempts: Vec<Attempt>,
+}
+
+/// A backup that was looked at, and what stood in its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Attempt {
+    /// The backup.
+    pub backup: BackupId,
+    /// What stood in its way.
+    pub reason: String,
+}
+
+/// A moment that can be reached.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Reachable {
+    /// Its position.
+    pub lsn: Lsn,
+    /// Its time, as near as it is known.
+    pub time: Option<TimestampTz>,
+    /// The backup that it can be reached from.
+    pub backup: BackupId,
+}
+
+impl fmt::Display for Reachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LSN {}", self.lsn)?;
+        if let Some(time) = self.time {
+            write!(f, ", {time}")?;
+        }
+        write!(f, " (backup {})", self.backup)
+    }
+}
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} cannot be reached: {}", self.target, self.reason)?;
+        let side = |r: &Option<Reachable>| r.as_ref().map_or("none".to_owned(), ToString::to_string);
+        write!(f, "\nnearest before: {}", side(&self.before))?;
+        write!(f, "\nnearest after: {}", side(&self.after))
+    }
+}
+
+impl std::error::Error for Unreachable {}
+
+/// How fast things go, for the estimate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rates {
+    /// Bytes of the cluster restored in a second.
+    pub restore_bytes_per_second: f64,
+    /// Bytes of WAL replayed in a second.
+    pub replay_bytes_per_second: f64,
+    /// Seconds to fetch a segment.
+    pub segment_seconds: f64,
+    /// Seconds to start the server and to end recovery.
+    pub start_seconds: f64,
+    /// Whether they were measured by drills of this cluster.
+    pub measured: bool,
+}
+
+impl Default for Rates {
+    /// Measured on a machine with two cores and a solid state disk.
+    fn default() -> Self {
+        Self {
+            restore_bytes_per_second: 250e6,
+            replay_bytes_per_second: 60e6,
+            segment_seconds: 0.03,
+            start_seconds: 1.5,
+            measured: false,
+        }
+    }
+}
+
+impl Rates {
+    /// The middle of what the drills of a cluster took, where there are any that restored.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn from_drills(drills: &[DrillRecord]) -> Self {
+        let rate = |name: &str, bytes: fn(&DrillRecord) -> u64| {
+            let rates = drills.iter().filter_map(|d| {
+                let seconds = d.phases.iter().find(|p| p.name == name)?.seconds;
+                let bytes = bytes(d);
+                (seconds > 0.1 && bytes > 0).then(|| bytes as f64 / seconds)
+            });
+            let mut rates: Vec<f64> = rates.collect();
+            rates.sort_by(f64::total_cmp);
+            rates.get(rates.len() / 2).copied()
+        };
+        let default = Self::default();
+        let restore = rate("restore", |d| d.restored_bytes);
+        let replay = rate("recovery", |d| d.wal_bytes);
+        Self {
+            restore_bytes_per_second: restore.unwrap_or(default.restore_bytes_per_second),
+            replay_bytes_per_second: replay.unwrap_or(default.replay_bytes_per_second),
+            measured: restore.is_some() || replay.is_some(),
+            ..default
+        }
+    }
+}
+
+/// How long it will take.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Putting the files back.
+    pub restore_seconds: f64,
+    /// PostgreSQL's recovery, from its start until it takes connections.
+    pub recovery_seconds: f64,
+    /// Both.
+    pub total_seconds: f64,
+    /// Whether drills of this cluster were the measure.
+    pub measured: bool,
+}
+
+/// A segment that recovery will ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlannedSegment {
+    /// Its name.
+    pub name: SegmentName,
+    /// The object that will be read.
+    pub path: String,
+    /// The object's length.
+    pub stored_bytes: u64,
+    /// Whether only a `.partial` is there, which PostgreSQL does not ask for by itself.
+    pub partial: bool,
+}
+
+/// What a restore will do.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// The cluster's name in the archive.
+    pub cluster: String,
+    /// Its system identifier.
+    pub system_id: SystemId,
+    /// Its major version.
+    pub major: PgMajor,
+    /// What was asked for.
+    pub goal: Goal,
+    /// The base backup.
+    pub backup: BackupId,
+    /// How it was made.
+    pub backup_kind: BackupKind,
+    /// When it was complete.
+    pub backup_stopped: TimestampTz,
+    /// Where replay begins.
+    pub start_lsn: Lsn,
+    /// Where the backup is consistent.
+    pub consistent_lsn: Lsn,
+    /// The timeline that is followed.
+    pub timeline: TimelineId,
+    /// That timeline and its ancestors.
+    pub lineage: Lineage,
+    /// Where recovery stops.
+    pub stop: Stop,
+    /// The last commit that will be there, where the archive's WAL has it.
+    pub last_commit: Option<LastCommit>,
+    /// The segments, in order.
+    pub segments: Vec<PlannedSegment>,
+    /// Bytes of WAL from start to stop.
+    pub wal_bytes: u64,
+    /// Bytes of their objects.
+    pub wal_stored_bytes: u64,
+    /// Bytes of the base backup's files.
+    pub base_bytes: u64,
+    /// How many they are.
+    pub base_files: u64,
+    /// Tablespaces and where they lay.
+    pub tablespaces: Vec<Tablespace>,
+    /// The settings that name the target.
+    pub settings: Vec<(String, String)>,
+    /// How long it will take.
+    pub estimate: Estimate,
+    /// What the operator should know.
+    pub notes: Vec<String>,
+}
+
+/// Moments between which every target can be reached from one backup.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Window {
+    /// The backup.
+    pub backup: BackupId,
+    /// The earliest.
+    pub from: Reachable,
+    /// The latest.
+    pub to: Reachable,
+}
+
+/// The backup that recovery could start from, along one line.
+struct Candidate<'a> {
+    entry: &'a BackupEntry,
+    line: Lineage,
+    run: Run<'a>,
+}
+
+/// Finds the newest backup from which the goal can be reached, and everything that follows from it.
+pub async fn plan<S: Source>(
+    catalog: &Catalog,
+    goal: &Goal,
+    backup: Option<&BackupId>,
+    rates: Rates,
+    source: &S,
+) -> Result<Plan, PlanError> {
+    goal.check()?;
+    let candidates = candidates(catalog, goal.timeline, backup)?;
+    let reading = Reading::new(source);
+    let fail = |e: S::Error| PlanError::Source(Box::new(e));
+    let mut attempts: Vec<Attempt> = Vec::new();
+    let mut late = Vec::new();
+    for candidate in &candidates {
+        let head = &candidate.entry.head;
+        let mut refuse = |reason: String| attempts.push(Attempt { backup: head.id.clone(), reason });
+        if let Err(reason) = candidate.usable(catalog) {
+            refuse(reason);
+            continue;
+        }
+        let (start, consistent) = (head.start_lsn, head.stop_lsn);
+        if let Target::Lsn(lsn) = goal.target
+            && lsn <= head.checkpoint_lsn
+        {
+            refuse(format!("it ends later, at {consistent}"));
+            late.push(candidate);
+            continue;
+        }
+        let found = reading.resolve(&candidate.run, start, consistent, goal).await.map_err(fail)?;
+        let found = match found {
+            Resolution::NotFound => candidate.past_the_end(catalog, goal).map_err(|reason| (reason, false)),
+            Resolution::Stops(stop) if stop.lsn < consistent => {
+                Err((format!("it ends later, at {consistent}"), true))
+            }
+            Resolution::Stops(stop) => Ok(stop),
+        };
+        match found {
+            Err((reason, too_late)) => {
+                refuse(reason);
+                if too_late {
+                    late.push(candidate);
+                }
+            }
+            Ok(stop) => {
+                let last = reading.last_commit(&candidate.run, stop.lsn).await.map_err(fail)?;
+                return Ok(make(catalog, goal, candidate, stop, last, rates));
+            }
+        }
+    }
+    Err(PlanError::Unreachable(Box::new(unreachable(catalog, goal, &candidates, &late, attempts))))
+}
+
+/// Every backup on the line that `timeline` means, newest first.
+fn candidates<'a>(
+    catalog: &'a Catalog,
+    timeline: TargetTimeline,
+    backup: Option<&BackupId>,
+) -> Result<Vec<Candidate<'a>>, PlanError> {
+    let cluster = || catalog.cluster.clone();
+    if catalog.backups.is_empty() {
+        return Err(PlanError::NoBackup { cluster: cluster() });
+    }
+    if let Some(id) = backup
+        && catalog.backup(id).is_none()
+    {
+        return Err(PlanError::UnknownBackup { cluster: cluster(), backup: id.clone() });
+    }
+    let wanted = |entry: &&BackupEntry| backup.is_none_or(|id| entry.head.id == *id);
+    let timelines = catalog.timelines();
+    if let TargetTimeline::Id(id) = timeline
+        && !timelines.contains(&id)
+    {
+        let known = timelines.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        return Err(PlanError::NoTimeline { timeline: id, known });
+    }
+    let on = |line: &Lineage, e: &BackupEntry| line.holds(e.head.timeline, e.head.stop_lsn);
+    let line = match timeline {
+        TargetTimeline::Current => None,
+        TargetTimeline::Id(id) => Some(catalog.lineage(id)),
+        TargetTimeline::Latest => timelines
+            .iter()
+            .rev()
+            .map(|t| catalog.lineage(*t))
+            .find(|line| catalog.backups.iter().filter(wanted).any(|e| on(line, e))),
+    };
+    let candidate = |entry: &'a BackupEntry| {
+        let line = line.clone().unwrap_or_else(|| catalog.lineage(entry.head.timeline));
+        let run = catalog.run(&line, entry.head.start_lsn);
+        on(&line, entry).then_some(Candidate { entry, line, run })
+    };
+    let mut found: Vec<_> = catalog.backups.iter().filter(wanted).filter_map(candidate).collect();
+    found.sort_by_key(|c| std::cmp::Reverse((c.entry.head.stop_lsn, c.entry.head.started)));
+    Ok(found)
+}
+
+impl Candidate<'_> {
+    /// Whether the WAL that the backup itself needs is there.
+    fn usable(&self, catalog: &Catalog) -> Result<(), String> {
+        let head = &self.entry.head;
+        match self.run.end() {
+            Some(end) if end >= head.stop_lsn => Ok(()),
+            Some(end) => Err(format!(
+                "the WAL it needs up to {} ends at {end}{}",
+                head.stop_lsn,
+                self.hole(catalog).map_or(String::new(), |h| format!(": {h}"))
+            )),
+            None => Err(format!(
+                "the segment {} that it starts in is not in the archive",
+                SegmentName::containing(head.timeline, head.start_lsn, head.segment_size)
+            )),
+        }
+    }
+
+    /// What ends the run although WAL follows in the archive.
+    fn hole(&self, catalog: &Catalog) -> Option<String> {
+        if let Some(gap) = &self.run.broken {
+            return Some(told(gap));
+        }
+        let last = self.run.steps.last()?;
+        if last.usable_end < last.entry.info.valid_end {
+            return None;
+        }
+        let next = last.entry.info.name.end(last.entry.info.size)?;
+        let on_line = |e: &&waltide_format::archive::SegmentEntry| {
+            let start = e.info.name.start(e.info.size);
+            start.is_some_and(|s| s >= next && self.line.holds(e.info.name.timeline(), s))
+        };
+        let after = catalog.segments.iter().filter(on_line).min_by_key(|e| e.info.name.start(e.info.size))?;
+        Some(format!("nothing is archived between {} and {}", last.entry.info.name, after.info.name))
+    }
+
+    /// What a target that no record is means: the end, if it may.
+    fn past_the_end(&self, catalog: &Catalog, goal: &Goal) -> Result<Stop, String> {
+        let end = self.run.end().unwrap_or_default();
+        let hole = self.hole(catalog);
+        match (&goal.target, hole) {
+            (Target::Time(_), None) => {
+                Ok(Stop { kind: StopKind::End, lsn: end, read_to: end, xid: None, time: None })
+            }
+            (Target::Time(_), Some(hole)) => Err(format!("its WAL ends at {end}: {hole}")),
+            (Target::Lsn(_), hole) => Err(match hole {
+                Some(hole) => format!("its WAL ends at {end}: {hole}"),
+                None => format!("the archived WAL ends at {end}"),
+            }),
+            (target, hole) => Err(match hole {
+                Some(hole) => format!("{target} is not in its WAL, which ends at {end}: {hole}"),
+                None => format!("{target} is not in its WAL, which ends at {end}"),
+            }),
+        }
+    }
+
+    fn window(&self) -> Option<Window> {
+        let head = &self.entry.head;
+        let end = self.run.end().filter(|end| *end >= head.stop_lsn)?;
+        let range = self.run.range();
+        let id = || head.id.clone();
+        let time = range.and_then(|r| r.last_commit_time).filter(|t| *t >= head.stopped);
+        Some(Window {
+            backup: id(),
+            from: Reachable { lsn: head.stop_lsn, time: Some(head.stopped), backup: id() },
+            to: Reachable { lsn: end, time: time.or(Some(head.stopped)), backup: id() },
+        })
+    }
+}
+
+/// What can be reached along the line that `timeline` means, oldest backup first.
+pub fn reachable_windows(catalog: &Catalog, timeline: TargetTimeline) -> Result<Vec<Window>, PlanError> {
+    Ok(candidates(catalog, timeline, None)?.iter().rev().filter_map(Candidate::window).collect())
+}
+
+fn told(gap: &Gap) -> String {
+    match &gap.kind {
+        GapKind::Missing { first, last, count: 1 } if first == last => format!("{first} is missing"),
+        GapKind::Missing { first, last, count } => {
+            format!("{count} segments, {first} to {last}, are missing")
+        }
+        GapKind::Broken { reason } => reason.clone(),
+        GapKind::Admitted { fault } => format!("a segment was archived with a fault: {fault}"),
+    }
+}
+
+fn unreachable(
+    catalog: &Catalog,
+    goal: &Goal,
+    candidates: &[Candidate<'_>],
+    late: &[&Candidate<'_>],
+    attempts: Vec<Attempt>,
+) -> Unreachable {
+    let windows: Vec<_> = candidates.iter().filter_map(Candidate::window).collect();
+    // Of a transaction or a name that is nowhere, no moment is before or after.
+    let (ends, begins): (Vec<_>, Vec<_>) = match goal.target {
+        Target::Time(t) => (
+            windows.iter().filter(|w| w.to.time.is_some_and(|to| to < t)).collect(),
+            windows.iter().filter(|w| w.from.time.is_some_and(|from| from >= t)).collect(),
+        ),
+        Target::Lsn(lsn) => (
+            windows.iter().filter(|w| w.to.lsn < lsn).collect(),
+            windows.iter().filter(|w| w.from.lsn >= lsn).collect(),
+        ),
+        _ => {
+            let lates: Vec<_> = late.iter().map(|c| &c.entry.head.id).collect();
+            (Vec::new(), windows.iter().filter(|w| lates.contains(&&w.backup)).collect())
+        }
+    };
+    let before = ends.iter().max_by_key(|w| w.to.lsn).map(|w| w.to.clone());
+    let after = begins.iter().min_by_key(|w| w.from.lsn).map(|w| w.from.clone());
+    let reason = if candidates.is_empty() {
+        let line = match goal.timeline {
+            TargetTimeline::Id(id) => format!("timeline {id}"),
+            other => format!("the {other} timeline"),
+        };
+        format!("no backup lies on {line}")
+    } else if late.len() == attempts.len() {
+        "no backup is old enough".to_owned()
+    } else {
+        // The backup that came nearest says what is in the way.
+        let lates: Vec<_> = late.iter().map(|c| &c.entry.head.id).collect();
+        let told = attempts.iter().find(|a| !lates.contains(&&a.backup));
+        told.map_or(String::new(), |a| format!("from backup {}, {}", a.backup, a.reason))
+    };
+    let reason = match elsewhere(catalog, goal, candidates) {
+        Some(hint) => format!("{reason}\nhint: {hint}"),
+        None => reason,
+    };
+    Unreachable { target: goal.to_string(), reason, before, after, attempts }
+}
+
+/// Another timeline that reaches the target, as far as positions and times can tell.
+fn elsewhere(catalog: &Catalog, goal: &Goal, candidates_here: &[Candidate<'_>]) -> Option<String> {
+    let here: Vec<_> = candidates_here.iter().map(|c| c.line.timeline).collect();
+    let reaches = |w: &Window| match goal.target {
+        Target::Time(t) => w.from.time.is_some_and(|from| from <= t) && w.to.time.is_some_and(|to| t <= to),
+        Target::Lsn(lsn) => w.from.lsn <= lsn && lsn <= w.to.lsn,
+        _ => false,
+    };
+    let others = catalog.timelines().into_iter().rev().filter(|t| !here.contains(t));
+    let mut reached = others.filter(|t| {
+        reachable_windows(catalog, TargetTimeline::Id(*t)).is_ok_and(|windows| windows.iter().any(reaches))
+    });
+    reached.next().map(|t| format!("timeline {t} reaches it: --target-timeline {t}"))
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn make(
+    catalog: &Catalog,
+    goal: &Goal,
+    candidate: &Candidate<'_>,
+    stop: Stop,
+    last_commit: Option<LastCommit>,
+    rates: Rates,
+) -> Plan {
+    let head = &candidate.entry.head;
+    let needed =
+        |s: &&waltide_format::archive::Step<'_>| stop.kind == StopKind::End || s.start() < stop.read_to;
+    let steps: Vec<_> = candidate.run.steps.iter().filter(needed).collect();
+    let segments: Vec<_> = steps
+        .iter()
+        .map(|s| PlannedSegment {
+            name: s.entry.info.name,
+            path: s.entry.path.clone(),
+            stored_bytes: s.entry.stored_bytes,
+            partial: s.entry.is_partial(),
+        })
+        .collect();
+    let mut notes = Vec::new();
+    let hole = candidate.hole(catalog);
+    let said_latest = !matches!(goal.target, Target::Latest) && stop.kind == StopKind::End;
+    if said_latest {
+        notes.push(format!(
+            "nothing is archived past {}: the target is the end of the archived WAL (latest), {}",
+            goal.target, stop.lsn
+        ));
+    }
+    if stop.kind == StopKind::End
+        && let Some(hole) = &hole
+    {
+        notes.push(format!(
+            "the archived WAL is not whole, and this is the end of what can be replayed: {hole}"
+        ));
+    }
+    if let Target::Name(name) = &goal.target {
+        let named = |s: &&waltide_format::archive::Step<'_>| s.entry.restore_points.contains(name);
+        let count = candidate.run.steps.iter().filter(named).count();
+        if count > 1 {
+            notes
+                .push(format!("{count} segments have a restore point {name:?}; recovery stops at the first"));
+        }
+    }
+    if !head.damaged_pages.is_empty() {
+        let count = head.damaged_pages.len();
+        notes.push(format!("{count} pages had a wrong checksum when backup {} was made", head.id));
+    }
+    // Past a fork, the last segment of an ancestor goes on with what is not on this line.
+    let cut = steps.last().filter(|s| s.usable_end < s.entry.info.valid_end).map(|s| s.usable_end);
+    let settings = settings(catalog, goal, &candidate.line, &stop, cut);
+    let wal_bytes = stop.lsn.bytes_since(head.start_lsn);
+    let base_bytes = head.stats.cluster_bytes;
+    let restore_seconds = base_bytes as f64 / rates.restore_bytes_per_second;
+    let recovery_seconds = wal_bytes as f64 / rates.replay_bytes_per_second
+        + segments.len() as f64 * rates.segment_seconds
+        + rates.start_seconds;
+    Plan {
+        cluster: catalog.cluster.clone(),
+        system_id: catalog.system.system_id,
+        major: head.major,
+        goal: goal.clone(),
+        backup: head.id.clone(),
+        backup_kind: head.kind,
+        backup_stopped: head.stopped,
+        start_lsn: head.start_lsn,
+        consistent_lsn: head.stop_lsn,
+        timeline: candidate.line.timeline,
+        lineage: candidate.line.clone(),
+        last_commit,
+        wal_bytes,
+        wal_stored_bytes: segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored_bytes)),
+        segments,
+        base_bytes,
+        base_files: candidate.entry.files,
+        tablespaces: head.tablespaces.clone(),
+        settings,
+        estimate: Estimate {
+            restore_seconds,
+            recovery_seconds,
+            total_seconds: restore_seconds + recovery_seconds,
+            measured: rates.measured,
+        },
+        notes,
+        stop,
+    }
+}
+
+/// The settings that make PostgreSQL stop where the plan says.
+fn settings(
+    catalog: &Catalog,
+    goal: &Goal,
+    line: &Lineage,
+    stop: &Stop,
+    cut: Option<Lsn>,
+) -> Vec<(String, String)> {
+    let mut settings: Vec<(String, String)> = Vec::new();
+    let mut set = |name: &str, value: String| settings.push((name.to_owned(), value));
+    let mut inclusive = goal.inclusive;
+    match (&goal.target, stop.kind) {
+        // PostgreSQL takes a target that it never meets for a failure.
+        (_, StopKind::End) => {
+            if let Some(fork) = cut {
+                set("recovery_target_lsn", fork.to_string());
+                inclusive = false;
+            }
+        }
+        (Target::Latest, _) => {}
+        (Target::Immediate, _) => set("recovery_target", "immediate".to_owned()),
+        (Target::Time(time), _) => set("recovery_target_time", time.to_string()),
+        (Target::Xid(xid), _) => set("recovery_target_xid", xid.to_string()),
+        (Target::Lsn(lsn), _) => set("recovery_target_lsn", lsn.to_string()),
+        (Target::Name(name), _) => set("recovery_target_name", name.clone()),
+    }
+    set("recovery_target_inclusive", if inclusive { "on" } else { "off" }.to_owned());
+    // PostgreSQL wants a history file of every timeline but the first.
+    let known = line.timeline == TimelineId::FIRST || catalog.lineages.contains_key(&line.timeline);
+    set("recovery_target_timeline", if known { line.timeline.to_string() } else { "current".to_owned() });
+    set("recovery_target_action", goal.action.word().to_owned());
+    settings
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stop = &self.stop;
+        writeln!(f, "target    {}", self.goal)?;
+        write!(f, "stops     ")?;
+        match stop.kind {
+            StopKind::Before => write!(f, "before {}", stop.lsn)?,
+            StopKind::After => write!(f, "after the record that ends at {}", stop.lsn)?,
+            StopKind::End => write!(f, "at the end of the archived WAL, {}", stop.lsn)?,
+            StopKind::Consistent => write!(f, "once the backup is consistent, {}", stop.lsn)?,
+        }
+        if let Some(xid) = stop.xid {
+            write!(f, ", the end of transaction {xid}")?;
+        }
+        if let Some(time) = stop.time {
+            write!(f, " at {time}")?;
+        }
+        writeln!(f)?;
+        if let Some(last) = &self.last_commit {
+            writeln!(f, "contains  transaction {} of {} as the last", last.xid, last.time)?;
+        }
+        writeln!(
+            f,
+            "base      backup {} of {}: {} in {} files",
+            self.backup,
+            self.backup_stopped,
+            bytes(self.base_bytes),
+            self.base_files
+        )?;
+        write!(
+            f,
+            "WAL       {} from {} on timeline {}",
+            bytes(self.wal_bytes),
+            self.start_lsn,
+            self.timeline
+        )?;
+        if let (Some(first), Some(last)) = (self.segments.first(), self.segments.last()) {
+            let (count, stored) = (self.segments.len(), bytes(self.wal_stored_bytes));
+            write!(f, ", {count} segments {} to {} ({stored} stored)", first.name, last.name)?;
+        }
+        writeln!(f)?;
+        for tablespace in &self.tablespaces {
+            writeln!(f, "space     {} at {}", tablespace.oid, tablespace.path)?;
+        }
+        let e = &self.estimate;
+        let basis = if e.measured { "as drills measured" } else { "not measured here yet" };
+        writeln!(
+            f,
+            "takes     about {:.1} s: {:.1} s to restore, {:.1} s to recover ({basis})",
+            e.total_seconds, e.restore_seconds, e.recovery_seconds
+        )?;
+        for note in &self.notes {
+            writeln!(f, "note      {note}")?;
+        }
+        Ok(())
+    }
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn bytes(n: u64) -> String {
+    match n {
+        0..1024 => format!("{n} B"),
+        1024..1_048_576 => format!("{:.1} KiB", n as f64 / 1024.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+        _ => format!("{:.1} GiB", n as f64 / 1_073_741_824.0),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,460 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use waltide_format::archive::*;
+use waltide_format::{Lsn, SegmentName, TimestampTz, Xid};
+
+use super::*;
+use crate::resolve::Events;
+use crate::testing::{self, size, timeline};
+
+const SYSTEM: u64 = 42;
+const MIB: u64 = 1 << 20;
+
+#[derive(Debug, Clone, PartialEq)]
+enum What {
+    Commit,
+    Abort,
+    Point(String),
+    Other,
+}
+
+#[derive(Debug, Clone)]
+struct Rec {
+    start: u64,
+    end: u64,
+    what: What,
+    xid: u32,
+    time: i64,
+    /// Whether it was put together when it was pushed, should it run over an edge.
+    joined: bool,
+}
+
+/// A log, as it is, and what an archive says of it.
+#[derive(Debug, Clone)]
+struct World {
+    records: Vec<Rec>,
+    catalog: Catalog,
+}
+
+fn lsn(v: u64) -> Lsn {
+    Lsn::from(v)
+}
+
+fn moment(t: i64) -> TimestampTz {
+    TimestampTz::from_postgres_micros(t)
+}
+
+fn xact(r: &Rec) -> XactEnd {
+    XactEnd {
+        kind: if r.what == What::Commit { CommitKind::Commit } else { CommitKind::AbortPrepared },
+        xid: Xid::from(r.xid),
+        start: lsn(r.start),
+        end: lsn(r.end),
+        time: moment(r.time),
+        db_oid: None,
+        subxacts: vec![],
+        dropped: vec![],
+        gid: None,
+    }
+}
+
+fn events<'a>(records: impl Iterator<Item = &'a Rec>) -> Events {
+    let mut events = Events::default();
+    for r in records {
+        match &r.what {
+            What::Commit | What::Abort => events.xacts.push(xact(r)),
+            What::Point(name) => {
+                events.restore_points.push((name.clone(), moment(r.time), lsn(r.start), lsn(r.end)));
+            }
+            What::Other => {}
+        }
+    }
+    events
+}
+
+impl Rec {
+    fn is_over(&self, edge: u64) -> bool {
+        self.start < edge && self.end > edge
+    }
+}
+
+impl World {
+    /// Segments `first..` over the records; those of `missing` are not archived.
+    fn new(records: Vec<Rec>, backups: &[(usize, usize)], missing: &[u64]) -> Self {
+        let last = records.last().unwrap().end.div_ceil(MIB);
+        let first = records[0].start / MIB;
+        let segment = |n: u64| {
+            let (from, to) = (n * MIB, n * MIB + MIB);
+            let name = SegmentName::containing(timeline(1), lsn(from), size());
+            let mut info = testing::info(SYSTEM, name, Ending::Full);
+            let here: Vec<_> = records.iter().filter(|r| from <= r.start && r.start < to).collect();
+            let known: Vec<_> = here.iter().filter(|r| r.end <= to || r.joined).collect();
+            let open = records.iter().find(|r| r.is_over(from));
+            info.continued_bytes = open.map_or(0, |r| (r.end - from) as u32);
+            info.head_joined = open.is_some_and(|r| r.joined);
+            info.first_record = here.first().map(|r| lsn(r.start));
+            info.first_prev = here
+                .first()
+                .and_then(|f| records.iter().rev().find(|r| r.start < f.start).map(|r| lsn(r.start)));
+            info.last_record = here.last().map(|r| lsn(r.start));
+            info.pending = here.iter().find(|r| r.is_over(to)).map(|r| PendingRecord {
+                start: lsn(r.start),
+                total_bytes: (r.end - r.start) as u32,
+                here_bytes: (to - r.start) as u32,
+                joined: r.joined,
+            });
+            info.valid_end = lsn(to);
+            if n + 1 == last {
+                info.valid_end = lsn(records.last().unwrap().end);
+                info.ending = Ending::EndOfLog;
+            }
+            let ends = || known.iter().filter(|r| matches!(r.what, What::Commit | What::Abort));
+            info.min_time = ends().map(|r| moment(r.time)).min();
+            info.max_time = ends().map(|r| moment(r.time)).max();
+            info.commits = ends().filter(|r| r.what == What::Commit).count() as u64;
+            info.last_commit_time = ends().rfind(|r| r.what == What::Commit).map(|r| moment(r.time));
+            let points = known.iter().filter_map(|r| match &r.what {
+                What::Point(name) => Some(name.clone()),
+                _ => None,
+            });
+            SegmentEntry {
+                path: format!("wal/{name}"),
+                stored_bytes: 100,
+                info,
+                restore_points: points.collect(),
+                faults: vec![],
+                digest: String::new(),
+            }
+        };
+        let segments = (first..last).filter(|n| !missing.contains(n)).map(segment).collect();
+        let backup = |(n, (i, j)): (usize, &(usize, usize))| {
+            let mut head = testing::manifest(SYSTEM, n as u16);
+            head.start_lsn = lsn(records[*i].start);
+            head.checkpoint_lsn = head.start_lsn;
+            head.stop_lsn = lsn(records[*j].end);
+            head.stopped = moment(records[*j].time);
+            BackupEntry { head, files: 7, keep: None }
+        };
+        let catalog = Catalog {
+            cluster: "main".into(),
+            system: testing::system(SYSTEM),
+            backups: backups.iter().enumerate().map(backup).collect(),
+            started: vec![],
+            segments,
+            lineages: Default::default(),
+            damaged: vec![],
+        };
+        Self { records, catalog }
+    }
+
+    /// Reads every record from a backup on and asks at each what PostgreSQL asks.
+    fn naive(&self, goal: &Goal) -> Option<(BackupId, StopKind, u64)> {
+        let mut backups: Vec<_> = self.catalog.backups.iter().map(|b| &b.head).collect();
+        backups.sort_by_key(|b| std::cmp::Reverse((b.stop_lsn, b.started)));
+        let there =
+            |n: u64| self.catalog.segments.iter().any(|s| s.info.name.start(size()) == Some(lsn(n * MIB)));
+        for backup in backups {
+            let whole: Vec<_> = self
+                .records
+                .iter()
+                .filter(|r| r.start >= backup.start_lsn.get())
+                .take_while(|r| (r.start / MIB..r.end.div_ceil(MIB)).all(there))
+                .collect();
+            if whole.last().is_none_or(|l| lsn(l.end) < backup.stop_lsn) {
+                continue;
+            }
+            let first_missing = (backup.start_lsn.get() / MIB..).find(|n| !there(*n)).unwrap() * MIB;
+            let hole = (first_missing / MIB..100).any(there);
+            let open = self.records.iter().find(|r| r.is_over(first_missing));
+            let last = self.records.last().unwrap().end;
+            let end = open.map_or(first_missing, |r| r.start).min(last);
+            let mut stop = None;
+            for r in &whole {
+                let ends = matches!(r.what, What::Commit | What::Abort);
+                let before = match &goal.target {
+                    Target::Lsn(l) => !goal.inclusive && r.start >= l.get(),
+                    Target::Xid(x) => !goal.inclusive && ends && r.xid == x.get(),
+                    Target::Time(t) if goal.inclusive => ends && moment(r.time) > *t,
+                    Target::Time(t) => ends && moment(r.time) >= *t,
+                    _ => false,
+                };
+                if before {
+                    stop = Some((StopKind::Before, r.start));
+                    break;
+                }
+                let after = match &goal.target {
+                    Target::Lsn(l) => goal.inclusive && r.start >= l.get(),
+                    Target::Xid(x) => goal.inclusive && ends && r.xid == x.get(),
+                    Target::Name(n) => r.what == What::Point(n.clone()),
+                    _ => false,
+                };
+                if after {
+                    stop = Some((StopKind::After, r.end));
+                    break;
+                }
+            }
+            let stop = stop.or(match &goal.target {
+                Target::Latest => Some((StopKind::End, end)),
+                Target::Immediate => Some((StopKind::Consistent, backup.stop_lsn.get())),
+                Target::Time(_) if !hole => Some((StopKind::End, end)),
+                Target::Lsn(l) if l.get() <= end => Some((StopKind::End, end)),
+                _ => None,
+            });
+            match stop {
+                Some((kind, at)) if lsn(at) >= backup.stop_lsn => return Some((backup.id.clone(), kind, at)),
+                _ => {}
+            }
+        }
+        None
+    }
+}
+
+impl Source for World {
+    type Error = std::convert::Infallible;
+
+    async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, Self::Error> {
+        let from = entry.info.name.start(size()).unwrap().get();
+        let known = |r: &&Rec| from <= r.start && r.start < from + MIB && (r.end <= from + MIB || r.joined);
+        Ok(Arc::new(events(self.records.iter().filter(known))))
+    }
+
+    async fn straddler(&self, before: &SegmentEntry, _: &SegmentEntry) -> Result<Arc<Events>, Self::Error> {
+        let edge = before.info.name.end(size()).unwrap().get();
+        Ok(Arc::new(events(self.records.iter().filter(|r| r.is_over(edge) && r.start >= edge - MIB))))
+    }
+
+    async fn record_from(
+        &self,
+        segments: &[&SegmentEntry],
+        from: Lsn,
+    ) -> Result<Option<(Lsn, Lsn)>, Self::Error> {
+        let first = segments.first().unwrap().info.name.start(size()).unwrap();
+        let last = segments.last().unwrap().info.name.end(size()).unwrap();
+        let here = |r: &&Rec| lsn(r.start) >= from && lsn(r.start) >= first && lsn(r.end) <= last;
+        Ok(self.records.iter().find(here).map(|r| (lsn(r.start), lsn(r.end))))
+    }
+}
+
+fn run_plan(world: &World, goal: &Goal) -> Result<Plan, PlanError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(plan(&world.catalog, goal, None, Rates::default(), world))
+}
+
+prop_compose! {
+    fn world()(
+        steps in proptest::collection::vec((8u64..90_000, 0u64..60_000, 0u8..12, 0i64..9, any::<bool>()), 30..120),
+        picks in proptest::collection::vec((any::<prop::sample::Index>(), 1usize..6), 1..4),
+        missing in proptest::option::of(3u64..9),
+    ) -> World {
+        let mut at = 3 * MIB;
+        let mut records: Vec<Rec> = Vec::new();
+        for (i, (len, _, kind, jitter, joined)) in steps.into_iter().enumerate() {
+            let len = len & !7;
+            let what = match kind {
+                0..=4 => What::Commit,
+                5 => What::Abort,
+                6 => What::Point(format!("p{}", jitter % 3)),
+                _ => What::Other,
+            };
+            let (xid, time) = (700 + i as u32, (i as i64 * 3 + jitter * 4) * 1_000_000);
+            let r = Rec { start: at, end: at + len.max(8), what, xid, time, joined };
+            // The fake puts one edge together at the most, as the archive's own joins do.
+            at = r.end;
+            records.push(r);
+        }
+        let backups: Vec<_> = picks.iter().map(|(index, length)| {
+            let i = index.index(records.len() - 1);
+            (i, (i + length).min(records.len() - 1))
+        }).collect();
+        World::new(records, &backups, &missing.into_iter().collect::<Vec<_>>())
+    }
+}
+
+fn goals() -> impl Strategy<Value = Goal> {
+    let target = prop_oneof![
+        Just(Target::Latest),
+        Just(Target::Immediate),
+        (0i64..420).prop_map(|t| Target::Time(moment(t * 1_000_000))),
+        (695u32..830).prop_map(|x| Target::Xid(x.into())),
+        (2 * MIB..12 * MIB).prop_map(|l| Target::Lsn(lsn(l))),
+        (0u8..4).prop_map(|n| Target::Name(format!("p{n}"))),
+    ];
+    (target, any::<bool>()).prop_map(|(target, inclusive)| {
+        let inclusive = inclusive || !matches!(target, Target::Time(_) | Target::Xid(_) | Target::Lsn(_));
+        Goal { inclusive, ..Goal::new(target) }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+    #[test]
+    fn a_plan_stops_where_a_reader_of_every_record_would_and_has_every_segment_up_to_there(
+        world in world(), goal in goals(), exact in any::<Option<prop::sample::Index>>(),
+    ) {
+        // Every other goal is a record's own position, time or transaction.
+        let goal = match (exact.map(|i| i.get(&world.records)), &goal.target) {
+            (Some(r), Target::Lsn(_)) => Goal { target: Target::Lsn(lsn(r.start)), ..goal },
+            (Some(r), Target::Time(_)) => Goal { target: Target::Time(moment(r.time)), ..goal },
+            (Some(r), Target::Xid(_)) => Goal { target: Target::Xid(r.xid.into()), ..goal },
+            _ => goal,
+        };
+        match (run_plan(&world, &goal), world.naive(&goal)) {
+            (Ok(plan), Some((backup, kind, at))) => {
+                prop_assert_eq!((&plan.backup, plan.stop.kind, plan.stop.lsn), (&backup, kind, lsn(at)));
+                let starts: Vec<_> = plan.segments.iter().map(|s| s.name.start(size()).unwrap().get()).collect();
+                prop_assert_eq!(starts[0], plan.start_lsn.get() / MIB * MIB);
+                prop_assert!(starts.windows(2).all(|w| w[0] + MIB == w[1]), "a hole: {:?}", starts);
+                prop_assert!(starts[starts.len() - 1] + MIB >= plan.stop.read_to.get());
+                prop_assert!(plan.stop.lsn >= plan.consistent_lsn);
+                let last = world.records.iter().rfind(|r| {
+                    r.what == What::Commit && r.end <= at && r.start / MIB * MIB >= starts[0]
+                });
+                prop_assert_eq!(plan.last_commit.map(|c| c.lsn), last.map(|r| lsn(r.end)));
+            }
+            (Err(PlanError::Unreachable(why)), None) => {
+                if let (Some(before), Target::Time(t)) = (&why.before, &goal.target) {
+                    prop_assert!(before.time.is_some_and(|b| b < *t));
+                }
+                if let (Some(after), Target::Lsn(l)) = (&why.after, &goal.target) {
+                    prop_assert!(after.lsn >= *l);
+                }
+            }
+            (ours, naive) => prop_assert!(false, "{:?} is not {:?}", ours, naive),
+        }
+    }
+}
+
+/// Commits of transactions 700, 701 … every 100 000 bytes from 3 MiB on, a second apart; backups over
+/// the records given.
+fn plain(backups: &[(usize, usize)], missing: &[u64]) -> World {
+    let record = |i: u64| Rec {
+        start: 3 * MIB + i * 100_000,
+        end: 3 * MIB + (i + 1) * 100_000,
+        what: if i == 33 { What::Point("here".into()) } else { What::Commit },
+        xid: 700 + i as u32,
+        time: i as i64 * 1_000_000,
+        joined: true,
+    };
+    World::new((0..60).map(record).collect(), backups, missing)
+}
+
+#[test]
+fn what_cannot_be_reached_is_told_with_its_neighbours() {
+    let told = |world: &World, target: &str| {
+        let goal = match target.parse::<u32>() {
+            Ok(xid) => Goal::new(Target::Xid(xid.into())),
+            Err(_) if target.contains('/') => Goal::new(Target::Lsn(target.parse().unwrap())),
+            Err(_) => Goal::new(Target::Time(target.parse().unwrap())),
+        };
+        run_plan(world, &goal).unwrap_err().to_string()
+    };
+    let world = plain(&[(10, 12)], &[]);
+    assert_eq!(
+        told(&world, "2000-01-01 00:00:05Z"),
+        "time 2000-01-01 00:00:05+00 cannot be reached: no backup is old enough\n\
+         nearest before: none\n\
+         nearest after: LSN 0/43D620, 2000-01-01 00:00:12+00 (backup 20260131T235959Z-0000)"
+    );
+    assert_eq!(
+        told(&world, "0/9000000"),
+        "LSN 0/9000000 cannot be reached: from backup 20260131T235959Z-0000, the archived WAL ends at 0/8B8D80\n\
+         nearest before: LSN 0/8B8D80, 2000-01-01 00:00:59+00 (backup 20260131T235959Z-0000)\n\
+         nearest after: none"
+    );
+    assert_eq!(
+        told(&world, "4711"),
+        "transaction 4711 cannot be reached: from backup 20260131T235959Z-0000, transaction 4711 is not in its WAL, which ends at 0/8B8D80\n\
+         nearest before: none\n\
+         nearest after: none"
+    );
+    let world = plain(&[(10, 12), (50, 51)], &[6]);
+    assert_eq!(
+        told(&world, "2000-01-01 00:00:45Z"),
+        "time 2000-01-01 00:00:45+00 cannot be reached: from backup 20260131T235959Z-0000, its WAL ends at 0/5F4D60: nothing is archived between 000000010000000000000005 and 000000010000000000000007\n\
+         nearest before: LSN 0/5F4D60, 2000-01-01 00:00:31+00 (backup 20260131T235959Z-0000)\n\
+         nearest after: LSN 0/7F5880, 2000-01-01 00:00:51+00 (backup 20260131T235959Z-0001)"
+    );
+    assert_eq!(
+        run_plan(&plain(&[], &[]), &Goal::new(Target::Latest)).unwrap_err().to_string(),
+        "cluster main has no complete backup\nhint: make one with `waltide backup`"
+    );
+    let goal = Goal { timeline: TargetTimeline::Id(timeline(9)), ..Goal::new(Target::Latest) };
+    assert_eq!(
+        run_plan(&world, &goal).unwrap_err().to_string(),
+        "the archive has nothing of timeline 9; it has 1"
+    );
+}
+
+#[test]
+fn a_time_past_the_last_commit_is_the_end_and_that_is_said() {
+    let plan = run_plan(
+        &plain(&[(1, 2)], &[]),
+        &Goal::new(Target::Time("2026-01-01Z".parse::<TimestampTz>().unwrap_or(moment(1 << 50)))),
+    )
+    .unwrap();
+    assert_eq!(plan.stop.kind, StopKind::End);
+    assert!(plan.notes[0].contains("the target is the end of the archived WAL (latest)"), "{:?}", plan.notes);
+    assert!(plan.settings.iter().all(|(name, _)| name != "recovery_target_time"), "{:?}", plan.settings);
+}
+
+#[test]
+fn a_clock_that_steps_back_does_not_move_the_stop() {
+    let mut world = plain(&[(1, 2)], &[]);
+    world.records[20].time = 50_000_000;
+    let world = World::new(world.records, &[(1, 2)], &[]);
+    let plan = run_plan(&world, &Goal::new(Target::Time(moment(40_000_000)))).unwrap();
+    assert_eq!((plan.stop.xid, plan.stop.kind), (Some(720.into()), StopKind::Before));
+}
+
+#[test]
+fn the_newest_timeline_that_a_backup_lies_on_is_followed_and_its_fork_kept() {
+    let mut world = plain(&[(1, 2), (40, 41)], &[]);
+    let fork = lsn(3 * MIB + 2_000_000);
+    let mut segments = world.catalog.segments.clone();
+    for s in segments.iter_mut() {
+        s.info.name = s.info.name.on(timeline(2));
+        s.path = format!("wal/{}", s.info.name);
+    }
+    segments.retain(|s| s.info.name.end(size()).unwrap() > fork);
+    world.catalog.segments.extend(segments);
+    world
+        .catalog
+        .lineages
+        .insert(timeline(2), Lineage { ancestors: vec![(timeline(1), fork)], timeline: timeline(2) });
+    let goal = |target, timeline| Goal { timeline, ..Goal::new(target) };
+    // The second backup lies behind the fork, on the timeline that was left.
+    let plan = run_plan(&world, &goal(Target::Latest, TargetTimeline::Latest)).unwrap();
+    assert_eq!((plan.timeline, plan.backup.as_str()), (timeline(2), "20260131T235959Z-0000"));
+    let timelines: Vec<_> = plan.segments.iter().map(|s| s.name.timeline().get()).collect();
+    assert_eq!(timelines, [1, 2, 2, 2, 2, 2], "the segment of the fork is the descendant's");
+    let plan = run_plan(&world, &goal(Target::Latest, TargetTimeline::Current)).unwrap();
+    assert_eq!((plan.timeline, plan.backup.as_str()), (timeline(1), "20260131T235959Z-0001"));
+    let plan = run_plan(&world, &goal(Target::Xid(745.into()), TargetTimeline::Id(timeline(1)))).unwrap();
+    assert_eq!(plan.timeline, timeline(1));
+    assert!(plan.settings.contains(&("recovery_target_timeline".into(), "1".into())));
+
+    // Without a segment of its own the descendant ends at the fork, and recovery must not run past it.
+    world.catalog.segments.retain(|s| s.info.name.timeline() == timeline(1));
+    let plan = run_plan(&world, &goal(Target::Latest, TargetTimeline::Latest)).unwrap();
+    assert_eq!((plan.stop.kind, plan.stop.lsn), (StopKind::End, fork));
+    assert!(plan.settings.contains(&("recovery_target_lsn".into(), fork.to_string())), "{:?}", plan.settings);
+    assert!(plan.settings.contains(&("recovery_target_inclusive".into(), "off".into())));
+}
+
+#[test]
+fn a_plan_reads_as_a_dry_run_and_as_json() {
+    let plan = run_plan(&plain(&[(1, 2)], &[]), &Goal::new(Target::Name("here".into()))).unwrap();
+    let text = plan.to_string();
+    assert!(
+        text.starts_with(
+            "target    restore point \"here\"\nstops     after the record that ends at 0/63E140"
+        ),
+        "{text}"
+    );
+    assert!(text.contains("contains  transaction 732 of 2000-01-01 00:00:32+00 as the last\n"), "{text}");
+    let json = serde_json::to_value(&plan).unwrap();
+    assert_eq!(json["stop"]["lsn"], "0/63E140");
+    assert_eq!(json["goal"]["target"]["value"], "here");
+    assert_eq!(json["segments"].as_array().unwrap().len(), 4);
+}

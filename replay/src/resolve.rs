@@ -1,0 +1,299 @@
+//! Where PostgreSQL's recovery would stop, computed from the segments' indexes.
+//!
+//! The rules are recovery's own. Before it applies a record it asks whether to stop there: at the first commit or
+//! abort past a time, at that of a transaction it must not contain, at the first record from an LSN on. After it
+//! has applied one, it asks again: a transaction's end, a restore point, the first record from an LSN on. It looks
+//! at every record from the backup's start, and a stop before the backup's end is a failure.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::Serialize;
+use waltide_format::archive::{Run, SegmentEntry, SegmentIndex, Step, XactEnd};
+use waltide_format::{Lsn, TimestampTz, Xid};
+
+use crate::target::{Goal, Target};
+
+/// What a part of the log says that a target can mean, in LSN order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Events {
+    /// Commits and aborts.
+    pub xacts: Vec<XactEnd>,
+    /// Restore points: name, start, end.
+    pub restore_points: Vec<(String, TimestampTz, Lsn, Lsn)>,
+}
+
+impl Events {
+    /// Those of an index.
+    pub fn of(index: SegmentIndex) -> Self {
+        let ends = |x: &XactEnd| x.kind.is_end();
+        let points = index.restore_points.into_iter().map(|p| (p.name, p.time, p.start, p.end)).collect();
+        Self { xacts: index.xacts.into_iter().filter(ends).collect(), restore_points: points }
+    }
+}
+
+/// Where the planner reads what the catalogue does not say.
+pub trait Source: Sync {
+    /// What can go wrong.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// The events of a segment's records.
+    fn events(&self, entry: &SegmentEntry) -> impl Future<Output = Result<Arc<Events>, Self::Error>> + Send;
+
+    /// The events of the record that begins in `before` and ends in `after`, which neither's index has.
+    fn straddler(
+        &self,
+        before: &SegmentEntry,
+        after: &SegmentEntry,
+    ) -> impl Future<Output = Result<Arc<Events>, Self::Error>> + Send;
+
+    /// Start and end of the first record of `segments`, neighbours in order, that starts at `from` or later.
+    fn record_from(
+        &self,
+        segments: &[&SegmentEntry],
+        from: Lsn,
+    ) -> impl Future<Output = Result<Option<(Lsn, Lsn)>, Self::Error>> + Send;
+}
+
+/// How recovery stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopKind {
+    /// Before a record.
+    Before,
+    /// After a record.
+    After,
+    /// At the end of the archived WAL.
+    End,
+    /// Once the backup is consistent.
+    Consistent,
+}
+
+/// Where recovery stops.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stop {
+    /// How.
+    pub kind: StopKind,
+    /// How far replay comes: the start of the record it stops before, the end of the one it stops after.
+    pub lsn: Lsn,
+    /// End of the record that must be read to see that this is the place.
+    pub read_to: Lsn,
+    /// The transaction whose end it is.
+    pub xid: Option<Xid>,
+    /// Its time, or the restore point's.
+    pub time: Option<TimestampTz>,
+}
+
+/// A commit that will be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct LastCommit {
+    /// The transaction.
+    pub xid: Xid,
+    /// When it was committed.
+    pub time: TimestampTz,
+    /// End of its record.
+    pub lsn: Lsn,
+}
+
+/// What a search along one backup's WAL found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Resolution {
+    /// Recovery stops here.
+    Stops(Stop),
+    /// Nothing in the WAL is the target.
+    NotFound,
+}
+
+/// A part of a run in which to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Segment(usize),
+    /// The record that begins in this segment and ends in the next, in neither's index.
+    Straddler(usize),
+}
+
+/// How many indexes are read at once.
+const AT_ONCE: usize = 8;
+
+/// Reads through what was read already.
+pub(crate) struct Reading<'a, S: Source> {
+    source: &'a S,
+    known: std::sync::Mutex<BTreeMap<String, Arc<Events>>>,
+}
+
+impl<'a, S: Source> Reading<'a, S> {
+    pub(crate) fn new(source: &'a S) -> Self {
+        Self { source, known: std::sync::Mutex::default() }
+    }
+
+    async fn part(&self, steps: &[Step<'_>], part: Part) -> Result<(Part, Arc<Events>), S::Error> {
+        let entry = |i: usize| steps.get(i).map(|s| s.entry);
+        let known = || self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (key, index) = match part {
+            Part::Segment(i) => (entry(i).map(|e| e.path.clone()), i),
+            Part::Straddler(i) => (entry(i).map(|e| format!("{}+", e.path)), i),
+        };
+        let key = key.unwrap_or_default();
+        if let Some(found) = known().get(&key).cloned() {
+            return Ok((part, found));
+        }
+        let found = match (part, entry(index), entry(index.saturating_add(1))) {
+            (Part::Segment(_), Some(entry), _) => self.source.events(entry).await?,
+            (Part::Straddler(_), Some(before), Some(after)) => self.source.straddler(before, after).await?,
+            _ => Arc::default(),
+        };
+        known().insert(key, Arc::clone(&found));
+        Ok((part, found))
+    }
+
+    /// Where recovery from `start` along `run` stops for `goal`. `consistent` is where the backup ends.
+    pub(crate) async fn resolve(
+        &self,
+        run: &Run<'_>,
+        start: Lsn,
+        consistent: Lsn,
+        goal: &Goal,
+    ) -> Result<Resolution, S::Error> {
+        let Some(end) = run.end() else { return Ok(Resolution::NotFound) };
+        let plain = |kind, lsn| Stop { kind, lsn, read_to: lsn, xid: None, time: None };
+        let stops = |stop| Ok(Resolution::Stops(stop));
+        match &goal.target {
+            Target::Latest => stops(plain(StopKind::End, end)),
+            Target::Immediate => stops(plain(StopKind::Consistent, consistent)),
+            Target::Lsn(lsn) => self.resolve_lsn(run, start.max(*lsn), *lsn, end, goal.inclusive).await,
+            Target::Time(_) | Target::Xid(_) | Target::Name(_) => {
+                let parts = parts(run, start, &goal.target, goal.inclusive);
+                let found = self.first(run, parts, |step, events| {
+                    let from = start;
+                    let until = step.usable_end;
+                    first_stop(events, from, until, end, goal)
+                });
+                Ok(found.await?.map_or(Resolution::NotFound, Resolution::Stops))
+            }
+        }
+    }
+
+    async fn first<T>(
+        &self,
+        run: &Run<'_>,
+        parts: Vec<Part>,
+        find: impl Fn(&Step<'_>, &Events) -> Option<T>,
+    ) -> Result<Option<T>, S::Error> {
+        let read = futures_util::stream::iter(parts).map(|part| self.part(&run.steps, part));
+        let mut read = std::pin::pin!(read.buffered(AT_ONCE));
+        while let Some((Part::Segment(i) | Part::Straddler(i), events)) = read.try_next().await? {
+            if let Some(found) = run.steps.get(i).and_then(|step| find(step, &events)) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn resolve_lsn(
+        &self,
+        run: &Run<'_>,
+        from: Lsn,
+        target: Lsn,
+        end: Lsn,
+        inclusive: bool,
+    ) -> Result<Resolution, S::Error> {
+        if target > end {
+            return Ok(Resolution::NotFound);
+        }
+        let holds = |s: &&Step<'_>| s.entry.info.name.end(s.entry.info.size).is_some_and(|e| e > from);
+        let segments: Vec<_> = run.steps.iter().filter(holds).map(|s| s.entry).collect();
+        let found = self.source.record_from(&segments, from).await?;
+        let stop = match found.filter(|(_, record_end)| *record_end <= end) {
+            Some((record, read_to)) => {
+                let (kind, lsn) =
+                    if inclusive { (StopKind::After, read_to) } else { (StopKind::Before, record) };
+                Stop { kind, lsn, read_to, xid: None, time: None }
+            }
+            // Everything up to it is there and nothing follows.
+            None => Stop { kind: StopKind::End, lsn: end, read_to: end, xid: None, time: None },
+        };
+        Ok(Resolution::Stops(stop))
+    }
+
+    /// The last commit that is there once replay has come to `stop`.
+    pub(crate) async fn last_commit(&self, run: &Run<'_>, stop: Lsn) -> Result<Option<LastCommit>, S::Error> {
+        let mut parts: Vec<_> = (0..run.steps.len())
+            .filter(|i| run.steps.get(*i).is_some_and(|s| s.entry.info.commits > 0 && s.start() < stop))
+            .map(Part::Segment)
+            .collect();
+        parts.extend(straddlers(run).filter(
+            |p| matches!(p, Part::Straddler(i) if run.steps.get(*i).is_some_and(|s| s.start() < stop)),
+        ));
+        parts.sort_by_key(|p| match p {
+            Part::Segment(i) => (std::cmp::Reverse(*i), 1),
+            Part::Straddler(i) => (std::cmp::Reverse(*i), 0),
+        });
+        self.first(run, parts, |step, events| {
+            let done = |x: &&XactEnd| x.kind.is_commit() && x.end <= stop && x.start < step.usable_end;
+            let last = events.xacts.iter().rev().find(done)?;
+            Some(LastCommit { xid: last.xid, time: last.time, lsn: last.end })
+        })
+        .await
+    }
+}
+
+/// The parts of a run that can hold the target, in LSN order.
+fn parts(run: &Run<'_>, start: Lsn, target: &Target, inclusive: bool) -> Vec<Part> {
+    let matters = |entry: &SegmentEntry| match target {
+        Target::Time(t) if inclusive => entry.info.max_time.is_some_and(|max| max > *t),
+        Target::Time(t) => entry.info.max_time.is_some_and(|max| max >= *t),
+        Target::Xid(_) => entry.info.max_time.is_some(),
+        Target::Name(name) => entry.restore_points.contains(name),
+        _ => false,
+    };
+    let after_start = |i: &usize| {
+        let step = run.steps.get(*i);
+        step.is_some_and(|s| s.entry.info.name.end(s.entry.info.size).is_some_and(|end| end > start))
+    };
+    let segments = (0..run.steps.len()).filter(after_start);
+    let segments =
+        segments.filter(|i| run.steps.get(*i).is_some_and(|s| matters(s.entry))).map(Part::Segment);
+    let mut parts: Vec<_> = segments.chain(straddlers(run)).collect();
+    parts.sort_by_key(|p| match p {
+        Part::Segment(i) => (*i, 0),
+        Part::Straddler(i) => (*i, 1),
+    });
+    parts
+}
+
+/// Records that run over an edge and were never put together.
+fn straddlers<'a>(run: &'a Run<'_>) -> impl Iterator<Item = Part> + 'a {
+    run.steps.windows(2).enumerate().filter_map(|(i, pair)| {
+        let [before, after] = pair else { return None };
+        let pending = before.entry.info.pending.filter(|p| !p.joined && p.start < before.usable_end)?;
+        let open = !after.entry.info.head_joined && !after.entry.info.overwrites_contrecord;
+        (open && pending.start < before.usable_end).then_some(Part::Straddler(i))
+    })
+}
+
+/// The first event at which recovery stops, of those that start in `from..until` and are whole at `end`.
+pub(crate) fn first_stop(events: &Events, from: Lsn, until: Lsn, end: Lsn, goal: &Goal) -> Option<Stop> {
+    let here = |start: Lsn, record_end: Lsn| from <= start && start < until && record_end <= end;
+    let stop = |x: &XactEnd, kind| {
+        let lsn = if kind == StopKind::After { x.end } else { x.start };
+        Stop { kind, lsn, read_to: x.end, xid: Some(x.xid), time: Some(x.time) }
+    };
+    let mut xacts = events.xacts.iter().filter(|x| here(x.start, x.end));
+    match &goal.target {
+        Target::Time(t) => {
+            let past = |x: &&XactEnd| if goal.inclusive { x.time > *t } else { x.time >= *t };
+            xacts.find(past).map(|x| stop(x, StopKind::Before))
+        }
+        Target::Xid(xid) => {
+            let kind = if goal.inclusive { StopKind::After } else { StopKind::Before };
+            xacts.find(|x| x.xid == *xid).map(|x| stop(x, kind))
+        }
+        Target::Name(name) => {
+            let mut points = events.restore_points.iter();
+            let (_, time, _, lsn) = points.find(|(n, _, start, end)| n == name && here(*start, *end))?;
+            Some(Stop { kind: StopKind::After, lsn: *lsn, read_to: *lsn, xid: None, time: Some(*time) })
+        }
+        Target::Latest | Target::Immediate | Target::Lsn(_) => None,
+    }
+}
