@@ -1,12 +1,15 @@
 //! One small file per verb.
 
 mod completions;
+mod doctor;
 mod fetch;
 mod info;
 mod init;
 mod list;
 mod man;
+mod push;
 mod status;
+mod watch;
 
 use clap::Subcommand;
 
@@ -17,6 +20,9 @@ use crate::exit::Failure;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Init(init::Args),
+    Push(push::Args),
+    Watch(watch::Args),
+    Doctor(doctor::Args),
     Fetch(fetch::Args),
     List(list::Args),
     Info(info::Args),
@@ -29,6 +35,9 @@ pub(crate) enum Command {
 pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Init(args) => init::run(args, context).await,
+        Command::Push(args) => push::run(args, context).await,
+        Command::Watch(args) => watch::run(args, context).await,
+        Command::Doctor(args) => doctor::run(args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,

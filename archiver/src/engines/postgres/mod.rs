@@ -1,10 +1,16 @@
 //! PostgreSQL.
 
+mod admit;
 pub mod connect;
 pub mod conninfo;
 pub mod control;
+pub mod doctor;
 pub mod init;
+mod neighbours;
 pub mod postmaster;
+pub mod push;
 pub mod settings;
-#[expect(dead_code, reason = "push, which comes next, reads segments with it")]
 mod wal_dir;
+pub mod watch;
+
+pub use admit::Refusal;

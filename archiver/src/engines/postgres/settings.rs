@@ -86,7 +86,6 @@ pub(crate) fn sql_string(value: &str) -> String {
 }
 
 /// Splits a command line as `sh` does, as far as quoting goes; `None` where quotes stay open.
-#[cfg_attr(not(test), expect(dead_code, reason = "doctor, which comes next, reads commands with it"))]
 pub(crate) fn shell_words(command: &str) -> Option<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;

@@ -1,0 +1,586 @@
+//! Ships one file of pg_wal into the archive: `archive_command`. Acknowledged means durable, nothing is overwritten,
+//! nothing is believed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::OnceCell;
+use waltide_format::archive::{
+    AdmittedFault, ClusterInfo, Layout, SegmentDirectory, SegmentInfo, StoredSegment, SystemInfo, WalFile,
+    WalObject, pack_segment, wal_digest,
+};
+use waltide_format::engines::postgres::cluster::{BackupHistory, History, HistoryError};
+use waltide_format::engines::postgres::scan::{Agreement, common_prefix};
+use waltide_format::engines::postgres::wal::SegmentSpan;
+use waltide_format::{Corrupt, Lsn, SegmentName, SystemId, WalFileName};
+use waltide_storage::{Archive, Put, StorageError};
+
+use super::admit::{self, Admission, Refusal};
+use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_whole};
+use crate::init::{self, InitError, read_json};
+
+/// How segments are compressed unless the operator says otherwise: measured, docs/performance.md.
+pub const DEFAULT_LEVEL: i32 = 1;
+/// No stored segment is larger: its WAL, which is stored as it is where it does not compress, and its index.
+const OBJECT_BYTES_MAX: u64 = 3 << 29;
+/// Holds the directory and footer of a stored segment of up to 512 MiB.
+const DIRECTORY_BYTES: u64 = 8 << 10;
+
+/// What to ship, and where to.
+#[derive(Debug, Clone)]
+pub struct PushRequest {
+    /// The archive.
+    pub archive: Archive,
+    /// The cluster in it.
+    pub layout: Layout,
+    /// The file: PostgreSQL's `%p`.
+    pub path: PathBuf,
+    /// Threads that work at once.
+    pub threads: usize,
+    /// zstd's level.
+    pub level: i32,
+    /// Stores a damaged segment with a note of its faults instead of refusing it.
+    pub force_admit: bool,
+}
+
+/// What became of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pushed {
+    /// The file.
+    pub name: WalFileName,
+    /// The object that holds it.
+    pub object: String,
+    /// How it got there.
+    pub outcome: Outcome,
+    /// The file's length.
+    pub file_bytes: u64,
+    /// What the archive grew by.
+    pub stored_bytes: u64,
+    /// What was let through because it was forced.
+    pub faults: Vec<AdmittedFault>,
+}
+
+/// How a file got into the archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It is new.
+    Stored,
+    /// The same bytes were there, and are durable.
+    AlreadyThere,
+    /// A copy was there that holds every valid record of this one.
+    Contained,
+    /// A shorter copy was there; this one lies beside it.
+    StoredBeside,
+}
+
+/// Why a file was not acknowledged.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PushError {
+    /// PostgreSQL archives no file of that name.
+    #[error("{} is no file that PostgreSQL archives: {why}", path.display())]
+    Name {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with its name.
+        why: String,
+    },
+    /// The file could not be read.
+    #[error("{} cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The cluster is not in the archive.
+    #[error("cluster {cluster} is not in {archive}\nhint: make it with `waltide init --data-dir DIR`")]
+    NotInitialised {
+        /// The cluster.
+        cluster: String,
+        /// The archive's address.
+        archive: String,
+    },
+    /// The file is of a database that the cluster does not know.
+    #[error(
+        "{name} is of another cluster: its system identifier is {found}, {cluster} in the archive has {known}\nhint: \
+         two servers may share one archive_command; give each its own --cluster. After pg_upgrade run `waltide init \
+         --upgrade`."
+    )]
+    OtherCluster {
+        /// The file.
+        name: WalFileName,
+        /// Its system identifier.
+        found: SystemId,
+        /// The cluster.
+        cluster: String,
+        /// The system identifiers it has.
+        known: String,
+    },
+    /// Nothing says which database a file without a system identifier is of.
+    #[error(
+        "nothing says which database {name} is of: neither pg_control nor a segment lies near it, and {cluster} has had \
+         {count}\nhint: push it from its pg_wal"
+    )]
+    UnknownSystem {
+        /// The file.
+        name: WalFileName,
+        /// The cluster.
+        cluster: String,
+        /// How many system identifiers it has.
+        count: usize,
+    },
+    /// The segment is not what it should be.
+    #[error(
+        "{name} is refused: {why}\nhint: it would stop every restore that needs it. Where the disk must not fill, \
+         `waltide push --force-admit` archives it with a note of the fault."
+    )]
+    Refused {
+        /// The file.
+        name: WalFileName,
+        /// What is wrong.
+        why: Refusal,
+    },
+    /// The archive has other records under that name.
+    #[error(
+        "{name} is already archived with different contents: it differs from {object} at {lsn}\nhint: two servers may \
+         be archiving the same timeline; stop one of them and compare."
+    )]
+    Diverges {
+        /// The file.
+        name: WalFileName,
+        /// The stored copy.
+        object: String,
+        /// The first position at which they differ.
+        lsn: Lsn,
+    },
+    /// The archive has another text under that name.
+    #[error(
+        "{name} is already archived with different contents, as {object}\nhint: two servers may have taken the same \
+         timeline; stop one of them and compare."
+    )]
+    Differs {
+        /// The file.
+        name: WalFileName,
+        /// The stored copy.
+        object: String,
+    },
+    /// A history file that is none.
+    #[error("{name} is refused: it is no timeline history")]
+    History {
+        /// The file.
+        name: WalFileName,
+        /// What is wrong.
+        source: HistoryError,
+    },
+    /// A backup history file that is none.
+    #[error("{name} is refused: it is no backup history: {why}")]
+    BackupHistory {
+        /// The file.
+        name: WalFileName,
+        /// What is wrong.
+        why: String,
+    },
+    /// An object of the archive is not what its name says.
+    #[error("{object} is damaged in the archive\nhint: run `waltide verify`")]
+    Damaged {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        source: Corrupt,
+    },
+    /// The archive could not serve.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// Work that was handed to another thread did not come back.
+    #[error("the work on {name} was cut short")]
+    Interrupted {
+        /// The file.
+        name: WalFileName,
+    },
+}
+
+impl PushError {
+    /// Whether the same file may pass later without anybody doing something about the file: the archive failed, not it.
+    pub fn is_archives(&self) -> bool {
+        matches!(self, Self::Storage(_) | Self::NotInitialised { .. } | Self::Interrupted { .. })
+    }
+}
+
+impl From<InitError> for PushError {
+    fn from(e: InitError) -> Self {
+        match e {
+            InitError::Damaged { path, source, .. } => Self::Damaged { object: path, source },
+            InitError::Storage(e) => Self::Storage(e),
+            e => {
+                Self::Storage(StorageError::Other { path: Layout::WALTIDE_JSON.to_owned(), source: e.into() })
+            }
+        }
+    }
+}
+
+/// Ships one file, and with it the neighbours that are ready.
+pub async fn push(request: &PushRequest) -> Result<Pushed, PushError> {
+    let shipper = Shipper::new(request.archive.clone(), request.layout.clone(), request.level)
+        .force_admit(request.force_admit);
+    super::neighbours::push_with_neighbours(&shipper, &request.path, request.threads).await
+}
+
+/// Ships files to one cluster of an archive. Cloning is cheap.
+#[derive(Debug, Clone)]
+pub struct Shipper(Arc<Inner>);
+
+#[derive(Debug, Clone)]
+struct Inner {
+    archive: Archive,
+    layout: Layout,
+    level: i32,
+    force_admit: bool,
+    /// The systems of the cluster, read when first needed and again when one is not among them.
+    systems: OnceCell<Vec<SystemInfo>>,
+}
+
+/// A file about to be shipped.
+struct Incoming {
+    dir: WalDir,
+    path: PathBuf,
+    name: WalFileName,
+}
+
+/// What the archive has under a name, as far as its own directory says.
+struct Stored {
+    digest: [u8; 32],
+}
+
+impl Shipper {
+    /// Ships to the cluster of `layout`, compressing at `level`.
+    pub fn new(archive: Archive, layout: Layout, level: i32) -> Self {
+        Self(Arc::new(Inner { archive, layout, level, force_admit: false, systems: OnceCell::new() }))
+    }
+
+    /// Whether damaged segments are stored with a note of their faults.
+    #[must_use]
+    pub fn force_admit(self, force_admit: bool) -> Self {
+        Self(Arc::new(Inner { force_admit, ..(*self.0).clone() }))
+    }
+
+    /// Ships the file at `path`, working on `threads` threads.
+    pub async fn ship(&self, path: &Path, threads: usize) -> Result<Pushed, PushError> {
+        let file_name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name: WalFileName =
+            file_name.parse().map_err(|e| PushError::Name { path: path.to_owned(), why: format!("{e}") })?;
+        let file = Incoming { dir: WalDir::of(path), path: path.to_owned(), name };
+        match name {
+            WalFileName::Segment(segment) => self.ship_segment(file, segment, false, threads).await,
+            WalFileName::Partial(segment) => self.ship_segment(file, segment, true, threads).await,
+            WalFileName::History(_) | WalFileName::BackupHistory(_) => self.ship_text(file).await,
+        }
+    }
+
+    async fn ship_segment(
+        &self,
+        file: Incoming,
+        segment: SegmentName,
+        partial: bool,
+        threads: usize,
+    ) -> Result<Pushed, PushError> {
+        let Incoming { dir, path, name } = file;
+        let read = {
+            let path = path.clone();
+            blocking(name, move || read_whole(&path, SEGMENT_BYTES_MAX)).await?
+        };
+        let wal = Bytes::from(read.map_err(|source| PushError::Read { path, source })?);
+        let file_bytes = wal.len() as u64;
+        let system_id = match admit::identify(&wal) {
+            Ok(long) => long.system_id,
+            // A first page that cannot be read says nothing; where it is forced, the directory tells whose it is.
+            Err(why) if self.0.force_admit => {
+                let dir = dir.clone();
+                let system = blocking(name, move || dir.system()).await?;
+                system.ok_or(PushError::Refused { name, why })?
+            }
+            Err(why) => return Err(PushError::Refused { name, why }),
+        };
+        let system = self.0.layout.system(system_id);
+        let object = system.wal_file(name);
+
+        // What is there already is proved by its digest before anything is scanned: this is how the run of a
+        // segment that a neighbour's run has shipped returns at once.
+        let stored = self.stored(&object).await?;
+        if let Some(stored) = &stored {
+            let digest = {
+                let wal = wal.clone();
+                blocking(name, move || wal_digest(&wal)).await?
+            };
+            if digest == stored.digest {
+                self.0.archive.sync(&object).await?;
+                return Ok(Pushed {
+                    name,
+                    object,
+                    outcome: Outcome::AlreadyThere,
+                    file_bytes,
+                    stored_bytes: 0,
+                    faults: Vec::new(),
+                });
+            }
+        }
+
+        let info = self.system(name, system_id).await?;
+        let history = self.history(&dir, segment, system_id).await?;
+        let admission = Admission { segment, partial, system: info, history, dir, force: self.0.force_admit };
+        let level = self.0.level;
+        let packed = {
+            let wal = wal.clone();
+            blocking(name, move || {
+                let (packed, index) = pack_segment(&wal, level, threads, || admission.scan(&wal));
+                index.map(|index| {
+                    let stored = Bytes::from(packed.seal(&index));
+                    (index, stored)
+                })
+            })
+            .await?
+        };
+        let (index, stored_object) = packed.map_err(|why| PushError::Refused { name, why })?;
+        let faults = index.faults.clone();
+        let valid_end = index.info.valid_end;
+        let stored_bytes = stored_object.len() as u64;
+        let pushed = |object, outcome, stored_bytes| Pushed {
+            name,
+            object,
+            outcome,
+            file_bytes,
+            stored_bytes,
+            faults,
+        };
+        if stored.is_none() && self.0.archive.put_new(&object, stored_object.clone()).await? == Put::Created {
+            return Ok(pushed(object, Outcome::Stored, stored_bytes));
+        }
+
+        // Other bytes are there under that name: every copy must agree as far as both go. Where another run puts a copy
+        // there between the look and the put, the next look sees it.
+        let beside = system.wal_object(WalObject::Longer { of: name, valid_end });
+        loop {
+            let copies = self.copies(name, system_id).await?;
+            if let Some(copy) = self.holder(name, &copies, &wal).await? {
+                self.0.archive.sync(copy).await?;
+                return Ok(pushed(copy.clone(), Outcome::Contained, 0));
+            }
+            if self.0.archive.put_new(&beside, stored_object.clone()).await? == Put::Created {
+                return Ok(pushed(beside, Outcome::StoredBeside, stored_bytes));
+            }
+            if copies.contains(&beside) {
+                let source = Corrupt::invalid("valid_end", 0, valid_end.get());
+                return Err(PushError::Damaged { object: beside, source });
+            }
+        }
+    }
+
+    /// The copy, of those given, that holds every valid record of `wal`. One that disagrees with it is an error.
+    async fn holder<'a>(
+        &self,
+        name: WalFileName,
+        copies: &'a [String],
+        wal: &Bytes,
+    ) -> Result<Option<&'a String>, PushError> {
+        let mut holder = None;
+        for copy in copies {
+            let found = self.0.archive.get(copy, OBJECT_BYTES_MAX).await?;
+            let damaged = |source| PushError::Damaged { object: copy.clone(), source };
+            let found = blocking(name, move || StoredSegment::decode(&found)).await?.map_err(damaged)?;
+            let wal = wal.clone();
+            let compared = blocking(name, move || compare(&wal, &found.wal, &found.index.info)).await?;
+            match compared {
+                Agreement::Diverge { at: lsn } => {
+                    return Err(PushError::Diverges { name, object: copy.clone(), lsn });
+                }
+                Agreement::Same | Agreement::SecondIsLonger => holder = Some(copy),
+                Agreement::FirstIsLonger => {}
+            }
+        }
+        Ok(holder)
+    }
+
+    async fn ship_text(&self, file: Incoming) -> Result<Pushed, PushError> {
+        let Incoming { dir, path, name } = file;
+        let (read, beside) = {
+            let path = path.clone();
+            blocking(name, move || (read_whole(&path, TEXT_BYTES_MAX), dir.system())).await?
+        };
+        let contents = read.map_err(|source| PushError::Read { path, source })?;
+        match name {
+            WalFileName::History(timeline) => {
+                History::parse(timeline, &contents).map_err(|source| PushError::History { name, source })?;
+            }
+            WalFileName::BackupHistory(wanted) => {
+                let why = |why: String| PushError::BackupHistory { name, why };
+                let found = BackupHistory::parse(&contents).map_err(|e| why(e.to_string()))?;
+                if found.start_segment != wanted.segment {
+                    let told = found.start_segment;
+                    return Err(why(format!("it speaks of a backup that starts in {told}")));
+                }
+            }
+            WalFileName::Segment(_) | WalFileName::Partial(_) => {}
+        }
+        let system_id = match beside {
+            Some(system_id) => system_id,
+            None => {
+                let known = self.systems().await?;
+                match known {
+                    [only] => only.system_id,
+                    _ => {
+                        let (cluster, count) = (self.0.layout.cluster().to_owned(), known.len());
+                        return Err(PushError::UnknownSystem { name, cluster, count });
+                    }
+                }
+            }
+        };
+        self.system(name, system_id).await?;
+        let object = self.0.layout.system(system_id).wal_file(name);
+        let file_bytes = contents.len() as u64;
+        let wal_file = WalFile { name, contents };
+        let encoded = Bytes::from(wal_file.encode());
+        let stored_bytes = encoded.len() as u64;
+        let pushed = |outcome, stored_bytes| Pushed {
+            name,
+            object: object.clone(),
+            outcome,
+            file_bytes,
+            stored_bytes,
+            faults: Vec::new(),
+        };
+        if self.0.archive.put_new(&object, encoded).await? == Put::Created {
+            return Ok(pushed(Outcome::Stored, stored_bytes));
+        }
+        let found = self.0.archive.get(&object, TEXT_BYTES_MAX.saturating_mul(2)).await?;
+        let found = WalFile::decode(&found)
+            .map_err(|source| PushError::Damaged { object: object.clone(), source })?;
+        if found == wal_file {
+            return Ok(pushed(Outcome::AlreadyThere, 0));
+        }
+        Err(PushError::Differs { name, object })
+    }
+
+    /// What the stored segment says of itself, if there is one.
+    async fn stored(&self, object: &str) -> Result<Option<Stored>, PushError> {
+        let mut wanted = DIRECTORY_BYTES;
+        loop {
+            let (tail, size) = match self.0.archive.get_tail(object, wanted).await {
+                Ok(found) => found,
+                Err(e) if e.is_not_found() => return Ok(None),
+                Err(e) => return Err(e.into()),
+            };
+            let damaged = |source| PushError::Damaged { object: object.to_owned(), source };
+            match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
+                Ok(directory) => return Ok(Some(Stored { digest: directory.digest })),
+                Err(needed) if needed > wanted && needed <= OBJECT_BYTES_MAX => wanted = needed,
+                Err(needed) => {
+                    return Err(damaged(Corrupt::too_large("directory", 0, needed, OBJECT_BYTES_MAX)));
+                }
+            }
+        }
+    }
+
+    /// Every stored copy of a segment.
+    async fn copies(&self, name: WalFileName, system_id: SystemId) -> Result<Vec<String>, PushError> {
+        let system = self.0.layout.system(system_id);
+        let (WalFileName::Segment(segment) | WalFileName::Partial(segment)) = name else {
+            return Ok(Vec::new());
+        };
+        let listing = self.0.archive.list_names(&system.timeline(segment.timeline())).await?;
+        let is_copy = |path: &str| match system.parse_wal(path) {
+            Some(WalObject::File(of) | WalObject::Longer { of, .. }) => of == name,
+            None => false,
+        };
+        Ok(listing.objects.into_iter().map(|o| o.path).filter(|path| is_copy(path)).collect())
+    }
+
+    /// The systems that the cluster has had.
+    async fn systems(&self) -> Result<&[SystemInfo], PushError> {
+        let read = async || {
+            let Inner { archive, layout, .. } = &*self.0;
+            if read_json::<ClusterInfo>(archive, &layout.cluster_json()).await?.is_none() {
+                let (cluster, archive) = (layout.cluster().to_owned(), archive.url().to_owned());
+                return Err(PushError::NotInitialised { cluster, archive });
+            }
+            let mut known = Vec::new();
+            for system_id in init::systems(archive, layout).await? {
+                known
+                    .extend(read_json::<SystemInfo>(archive, &layout.system(system_id).system_json()).await?);
+            }
+            Ok(known)
+        };
+        self.0.systems.get_or_try_init(read).await.map(Vec::as_slice)
+    }
+
+    /// What the archive says of a system, which must be one of the cluster's.
+    async fn system(&self, name: WalFileName, system_id: SystemId) -> Result<SystemInfo, PushError> {
+        let known = self.systems().await?;
+        if let Some(found) = known.iter().find(|info| info.system_id == system_id) {
+            return Ok(found.clone());
+        }
+        // A resident shipper lives through `init --upgrade`.
+        let path = self.0.layout.system(system_id).system_json();
+        if let Some(found) = read_json::<SystemInfo>(&self.0.archive, &path).await? {
+            return Ok(found);
+        }
+        let known: Vec<String> = known.iter().map(|info| info.system_id.to_string()).collect();
+        Err(PushError::OtherCluster {
+            name,
+            found: system_id,
+            cluster: self.0.layout.cluster().to_owned(),
+            known: if known.is_empty() { "none".to_owned() } else { known.join(", ") },
+        })
+    }
+
+    /// The history of a segment's timeline: the file beside the segment, else the archived one.
+    async fn history(
+        &self,
+        dir: &WalDir,
+        segment: SegmentName,
+        system_id: SystemId,
+    ) -> Result<Option<History>, PushError> {
+        let timeline = segment.timeline();
+        let name = WalFileName::History(timeline);
+        let beside = {
+            let dir = dir.clone();
+            blocking(name, move || dir.history(timeline)).await?
+        };
+        if beside.is_some() {
+            return Ok(beside);
+        }
+        let object = self.0.layout.system(system_id).wal_file(name);
+        let found = match self.0.archive.get(&object, TEXT_BYTES_MAX.saturating_mul(2)).await {
+            Ok(found) => found,
+            Err(e) if e.is_not_found() => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let found = WalFile::decode(&found).map_err(|source| PushError::Damaged { object, source })?;
+        History::parse(timeline, &found.contents)
+            .map(Some)
+            .map_err(|source| PushError::History { name, source })
+    }
+}
+
+/// How an incoming segment stands to a stored copy. One of them without a readable first page holds no record.
+fn compare(incoming: &[u8], stored: &[u8], info: &SegmentInfo) -> Agreement {
+    let span = info.name.start(info.size).and_then(|start| SegmentSpan::containing(start, info.size));
+    let Some(span) = span else { return Agreement::FirstIsLonger };
+    let holds_records = |wal| common_prefix(wal, wal, span).is_ok();
+    match common_prefix(incoming, stored, span) {
+        Ok(agreement) => agreement,
+        Err(_) if holds_records(stored) => Agreement::SecondIsLonger,
+        Err(_) if holds_records(incoming) => Agreement::FirstIsLonger,
+        Err(_) => Agreement::Diverge { at: span.start() },
+    }
+}
+
+/// Runs work that computes or waits for the disk where it holds up nobody.
+async fn blocking<T: Send + 'static>(
+    name: WalFileName,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, PushError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| PushError::Interrupted { name })
+}
