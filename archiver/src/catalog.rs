@@ -197,9 +197,9 @@ async fn find_system(
 }
 
 /// A value read from an object, or what is wrong with the object.
-type Found<T> = Result<T, String>;
+pub(crate) type Found<T> = Result<T, String>;
 /// The same for an object that may be gone.
-type Read<T> = Result<Option<Found<T>>, StorageError>;
+pub(crate) type Read<T> = Result<Option<Found<T>>, StorageError>;
 
 /// Reads many objects, through the cache.
 struct Reading<'a> {
@@ -307,7 +307,7 @@ fn is_segment(names: &SystemLayout, path: &str) -> bool {
 }
 
 /// What a segment's end says about it.
-async fn read_segment(archive: &Archive, object: &ObjectInfo) -> Read<SegmentEntry> {
+pub(crate) async fn read_segment(archive: &Archive, object: &ObjectInfo) -> Read<SegmentEntry> {
     let mut tail_bytes = TAIL_BYTES;
     // The footer says how long the directory is, the directory how long the sections are.
     for _ in 0..3 {

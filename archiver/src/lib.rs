@@ -10,4 +10,5 @@ pub mod catalog;
 pub mod engines;
 pub mod host;
 pub mod init;
+mod put;
 pub mod status;

@@ -44,6 +44,11 @@ pub enum ControlFileError {
 
 /// What a data directory says about itself.
 pub fn read_control(data_dir: &Path) -> Result<ControlFile, ControlFileError> {
+    read_control_bytes(data_dir).map(|(_, control)| control)
+}
+
+/// The same, and the file as it was read.
+pub fn read_control_bytes(data_dir: &Path) -> Result<(Vec<u8>, ControlFile), ControlFileError> {
     let path = data_dir.join("global/pg_control");
     let mut left = TRIES;
     loop {
@@ -51,7 +56,7 @@ pub fn read_control(data_dir: &Path) -> Result<ControlFile, ControlFileError> {
             .map_err(|source| ControlFileError::Read { path: path.clone(), source })?;
         left = left.saturating_sub(1);
         match ControlFile::decode(&bytes) {
-            Ok(control) => return Ok(control),
+            Ok(control) => return Ok((bytes, control)),
             Err(ControlError::Corrupt(_)) if left > 0 => std::thread::yield_now(),
             Err(source) => return Err(ControlFileError::Control { path, source }),
         }

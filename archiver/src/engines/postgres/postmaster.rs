@@ -31,7 +31,8 @@ impl Postmaster {
         }
     }
 
-    fn parse(text: &str, data_dir: &Path) -> Option<Self> {
+    /// Reads the file's text.
+    pub(super) fn parse(text: &str, data_dir: &Path) -> Option<Self> {
         let mut lines = text.lines().map(str::trim);
         let pid = lines.next()?.parse().ok()?;
         let directory = PathBuf::from(lines.next()?);

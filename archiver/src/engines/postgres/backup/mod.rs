@@ -1,0 +1,327 @@
+//! A base backup of a running server, taken from its files.
+
+mod config;
+mod server;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::runtime::Handle;
+use waltide_format::archive::{BackupKind, BackupMethod, Layout, Manifest, ManifestStats};
+use waltide_format::engines::postgres::cluster::{BackupLabel, LabelError};
+use waltide_format::{BLOCK_BYTES, BackupId, TimestampTz};
+use waltide_storage::{Archive, Progress};
+
+use self::config::config_files;
+use self::server::{Server, Stopped};
+use super::connect::{ConnectError, ConnectRequest};
+use super::control::{ControlFileError, read_control, read_control_bytes};
+use super::copy::{Copied, CopyError, CopyJob, Last, copy};
+use super::files::{CONTROL_FILE, Scan, ScanError, scan};
+use super::pages::PageRule;
+use super::publish::{Destination, PublishError, assemble};
+
+/// A manifest names no more damaged pages than this; where there are more, the disk is beyond lists.
+const DAMAGED_PAGES_MAX: usize = 10_000;
+/// How often the session that holds the backup open is looked at.
+const WATCH: Duration = Duration::from_millis(500);
+
+/// What to back up, and how.
+#[derive(Debug, Clone)]
+pub struct BackupRequest {
+    /// Where to.
+    pub archive: Archive,
+    /// As which cluster.
+    pub layout: Layout,
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// `--connection`.
+    pub connection: Option<String>,
+    /// The operator's words.
+    pub description: Option<String>,
+    /// Whether the first checkpoint is made at once, rather than spread over time.
+    pub fast_checkpoint: bool,
+    /// Whether damaged pages end the backup, rather than being written down.
+    pub refuse_damaged_pages: bool,
+    /// How many threads copy.
+    pub threads: usize,
+    /// zstd's level.
+    pub level: i32,
+    /// How long no segment may reach the archive while the backup waits for its own.
+    pub archive_timeout: Duration,
+}
+
+/// A backup that is in the archive.
+#[derive(Debug, Clone)]
+pub struct Backup {
+    /// What it is.
+    pub manifest: Manifest,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+}
+
+/// Why there is no backup.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackupError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The server did not do what it was asked.
+    #[error("the server refused a step of the backup")]
+    Server(#[from] tokio_postgres::Error),
+    /// The server answered something else than it should.
+    #[error("the server answered {found:?} where {what} was expected")]
+    Answer {
+        /// What was expected.
+        what: &'static str,
+        /// What came.
+        found: String,
+    },
+    /// The connection leads to another server than the data directory's.
+    #[error(
+        "the connection is not to the server of {}: {why}\nhint: --connection and --data-dir must name the same server",
+        data_dir.display()
+    )]
+    AnotherServer {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// What tells them apart.
+        why: String,
+    },
+    /// postmaster.pid cannot be read.
+    #[error("cannot read postmaster.pid in {}", data_dir.display())]
+    PidFile {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// Pages are not of the one size that is supported.
+    #[error("{} has pages of {found} bytes, only {BLOCK_BYTES} are supported", data_dir.display())]
+    BlockSize {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// `blcksz`.
+        found: u32,
+    },
+    /// The session that held the backup open has ended.
+    #[error("the server ended the session of the backup\nhint: its log says why; take another backup")]
+    SessionLost,
+    /// The data directory does not say what it is.
+    #[error(transparent)]
+    Control(#[from] ControlFileError),
+    /// The data directory could not be listed.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// The files could not be copied.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// The backup label makes no sense.
+    #[error("the server's backup label cannot be used")]
+    Label(#[from] LabelError),
+    /// Pages are damaged, and the backup was to be refused then.
+    #[error(
+        "{count} pages do not have their checksum, the first is {first}\nhint: find the hardware at fault; --damaged-pages warn takes the backup nevertheless."
+    )]
+    DamagedPages {
+        /// How many.
+        count: usize,
+        /// The first.
+        first: String,
+    },
+    /// The backup did not come into the archive.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+}
+
+impl BackupError {
+    /// Whether the archive is at fault.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Publish(e) if e.is_damage())
+    }
+}
+
+/// The moment it is.
+fn now() -> TimestampTz {
+    TimestampTz::from_jiff(Timestamp::now())
+}
+
+/// Takes a full backup. It is seen only when every file, page and segment that it needs is in the archive; what an
+/// interrupted one leaves behind is announced, and is prune's to remove.
+pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Result<Backup, BackupError> {
+    let begun = Instant::now();
+    let control = read_control(&request.data_dir)?;
+    if control.block_bytes as usize != BLOCK_BYTES {
+        return Err(BackupError::BlockSize {
+            data_dir: request.data_dir.clone(),
+            found: control.block_bytes,
+        });
+    }
+    let to = Destination::find(&request.archive, &request.layout, &control).await?;
+    let connection =
+        ConnectRequest { connection: request.connection.clone(), data_dir: Some(request.data_dir.clone()) };
+    let server = Server::of(&connection, &request.data_dir, &control).await?;
+
+    let started = now();
+    let id = to.announce(started).await?;
+    progress.phase("checkpoint", None);
+    let begin = async {
+        let start_lsn = server.start(&format!("waltide {id}"), request.fast_checkpoint).await?;
+        // The server has written the checkpoint into its own pg_control before it answered.
+        let control = read_control(&request.data_dir)?;
+        if control.checkpoint_copy.redo < start_lsn {
+            let why = format!("its checkpoint at {start_lsn} is not in the directory's pg_control");
+            return Err(BackupError::AnotherServer { data_dir: request.data_dir.clone(), why });
+        }
+        Ok((start_lsn, control))
+    };
+    let (start_lsn, control) = match begin.await {
+        Ok(begun) => begun,
+        Err(e) => {
+            to.withdraw(&id).await;
+            return Err(e);
+        }
+    };
+
+    let rule = PageRule { start_lsn, segment_blocks: control.relation_file_blocks };
+    let version_directory = format!("PG_{}_{}", control.major, control.catalog_version);
+    let pages = control.has_data_checksums().then_some(rule);
+    let (scan, mut copied) =
+        copy_files(request, &to, &server, &id, version_directory, pages, &progress).await?;
+    let copy_seconds = begun.elapsed().as_secs_f64();
+    let mut warnings = scan.warnings.clone();
+    let config_files = config_files(&server.client, server.major, &request.data_dir, &mut warnings).await;
+
+    let stopped = server.stop().await?;
+    let finished = now();
+    let label = BackupLabel::parse(&stopped.label)?;
+    let damaged_pages = damaged_pages(&scan, &mut copied, &stopped);
+    if let Some(first) = damaged_pages.first() {
+        let count = copied.damaged.len();
+        if request.refuse_damaged_pages {
+            return Err(BackupError::DamagedPages { count, first: first.clone() });
+        }
+        let named = damaged_pages.iter().take(10).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = if count > 10 { ", …" } else { "" };
+        warnings.push(format!("{count} damaged pages are in the backup as they are on disk: {named}{more}"));
+    }
+
+    let (read_bytes, pack_bytes) = (copied.read_bytes, copied.stored_bytes);
+    let (map, files) = assemble(&scan, copied);
+    let map_bytes = to.put_map(&id, &map).await?;
+    let map_name = id.as_str().to_owned();
+
+    let mut timelines = vec![label.timeline];
+    if server.is_standby {
+        // What it follows may have moved to another timeline meanwhile; the archive has the segment on either.
+        let control = read_control(&request.data_dir)?;
+        timelines.extend(control.min_recovery_timeline.filter(|t| *t != label.timeline));
+    }
+    let range = (label.start_lsn, stopped.lsn);
+    to.await_wal(&timelines, range, request.archive_timeout, &*progress, || server.why_no_wal()).await?;
+
+    let manifest = Manifest {
+        id,
+        kind: BackupKind::Full,
+        method: BackupMethod::Backup,
+        parent: None,
+        description: request.description.clone(),
+        started,
+        stopped: finished,
+        system_id: control.system_id,
+        major: control.major,
+        server_version: server.version.clone(),
+        segment_size: control.segment_size,
+        data_checksums: control.has_data_checksums(),
+        timeline: label.timeline,
+        start_lsn: label.start_lsn,
+        stop_lsn: stopped.lsn,
+        checkpoint_lsn: label.checkpoint_lsn,
+        backup_label: stopped.label,
+        tablespace_map: stopped.tablespace_map,
+        from_standby: label.from_standby,
+        tablespaces: scan.tablespaces,
+        config_files,
+        maps: vec![map_name],
+        directories: scan.directories,
+        stats: ManifestStats {
+            cluster_bytes: files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes)),
+            read_bytes,
+            stored_bytes: pack_bytes.saturating_add(map_bytes),
+            copy_seconds,
+            total_seconds: begun.elapsed().as_secs_f64(),
+        },
+        files,
+        damaged_pages,
+    };
+    to.publish(&manifest).await?;
+    Ok(Backup { manifest, warnings })
+}
+
+/// Lists and copies, while the session that holds the backup open lives.
+async fn copy_files(
+    request: &BackupRequest,
+    to: &Destination,
+    server: &Server,
+    id: &BackupId,
+    version_directory: String,
+    pages: Option<PageRule>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(Scan, Copied), BackupError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let runtime = Handle::current();
+    let work = {
+        let (request, to, id) = (request.clone(), to.clone(), id.clone());
+        let (progress, stop, major) = (Arc::clone(progress), Arc::clone(&stop), server.major);
+        move || -> Result<(Scan, Copied), BackupError> {
+            let scan = scan(&request.data_dir, major, &version_directory)?;
+            progress.phase("copy", Some(scan.bytes()));
+            let job = CopyJob {
+                archive: &to.archive,
+                system: &to.system,
+                id: &id,
+                files: &scan.files,
+                checksums: &[],
+                pages,
+                threads: request.threads,
+                level: request.level,
+                progress: &*progress,
+                stop: &stop,
+            };
+            let read = || Ok(read_control_bytes(&request.data_dir)?.0);
+            let last = scan.files.iter().position(|file| file.path == CONTROL_FILE);
+            let copied = copy(&job, &runtime, last.map(|file| Last { file, read: &read }))?;
+            Ok((scan, copied))
+        }
+    };
+    let mut copying = tokio::task::spawn_blocking(work);
+    loop {
+        tokio::select! {
+            done = &mut copying => return done.expect("copying does not panic"),
+            () = tokio::time::sleep(WATCH) => {
+                if server.client.is_closed() {
+                    stop.store(true, Ordering::Relaxed);
+                    // What it was doing ends at its next look.
+                    let _ = copying.await;
+                    return Err(BackupError::SessionLost);
+                }
+            }
+        }
+    }
+}
+
+/// The damaged pages' names. A page was excused because its LSN said that the log has it; one with an LSN that the log
+/// had not even reached when the backup ended said so falsely.
+fn damaged_pages(scan: &Scan, copied: &mut Copied, stopped: &Stopped) -> Vec<String> {
+    let false_excuses = copied.excused.iter().filter(|page| page.lsn > stopped.lsn).copied();
+    copied.damaged.extend(false_excuses.collect::<Vec<_>>());
+    copied.damaged.sort_unstable();
+    let name = |page: &super::copy::BadPage| {
+        scan.files.get(page.file).map(|file| format!("{}:{}", file.path, page.block))
+    };
+    copied.damaged.iter().take(DAMAGED_PAGES_MAX).filter_map(name).collect()
+}

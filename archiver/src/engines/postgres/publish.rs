@@ -1,0 +1,336 @@
+//! A backup on its way into the archive: announced, its WAL awaited, and only then seen.
+
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::time::{Duration, Instant};
+
+use waltide_format::archive::{
+    BackupKind, Ending, Envelope, ExtentMap, Layout, Manifest, ManifestFile, ObjectKind, SegmentEntry,
+    StartedBackup, SystemInfo, SystemLayout,
+};
+use waltide_format::engines::postgres::cluster::ControlFile;
+use waltide_format::{
+    BackupId, Corrupt, Lsn, PgMajor, SegmentName, SegmentSize, SystemId, TimelineId, TimestampTz,
+};
+use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
+
+use super::copy::Copied;
+use super::files::Scan;
+use crate::catalog::read_segment;
+use crate::put::put_own;
+
+/// No JSON object of the archive but a manifest is larger.
+const JSON_BYTES_MAX: u64 = 1 << 20;
+/// How often the archive is asked for a segment that is on its way.
+const POLL_MIN: Duration = Duration::from_millis(100);
+const POLL_MAX: Duration = Duration::from_secs(2);
+
+/// Why a backup did not come into the archive.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// The archive does not know the cluster.
+    #[error(
+        "cluster {cluster} of {archive} has no system {system_id}\nhint: waltide init --data-dir DIR makes it; --cluster names another"
+    )]
+    UnknownSystem {
+        /// The archive's address.
+        archive: String,
+        /// The cluster's name.
+        cluster: String,
+        /// What the data directory's pg_control says.
+        system_id: SystemId,
+    },
+    /// The archive knows the cluster with other properties.
+    #[error("{path} says {what} {expected}, the data directory says {found}")]
+    Mismatch {
+        /// The object.
+        path: String,
+        /// Which property.
+        what: &'static str,
+        /// What the archive says.
+        expected: String,
+        /// What the data directory says.
+        found: String,
+    },
+    /// An object of the archive is damaged.
+    #[error("{path} is damaged")]
+    Damaged {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        source: Corrupt,
+    },
+    /// A segment that the backup needs has not come.
+    #[error("the backup needs segment {segment}, which has not reached the archive in {seconds} s; {hint}")]
+    WalMissing {
+        /// The first segment that is missing.
+        segment: SegmentName,
+        /// How long none has come.
+        seconds: u64,
+        /// Why that may be.
+        hint: String,
+    },
+    /// A segment that the backup needs is in the archive, and cannot be used.
+    #[error("the backup needs {path}, {why}\nhint: the backup cannot be used without it; take another one.")]
+    WalUnusable {
+        /// The object.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The archive failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+impl PublishError {
+    /// Whether the archive is at fault.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::WalUnusable { .. })
+    }
+}
+
+/// The system that a data directory belongs to, in the archive.
+#[derive(Debug, Clone)]
+pub(super) struct Destination {
+    pub(super) archive: Archive,
+    pub(super) system: SystemLayout,
+    pub(super) segment_size: SegmentSize,
+}
+
+impl Destination {
+    /// Finds the system of `control` in the archive, and refuses one with other properties.
+    pub(super) async fn find(
+        archive: &Archive,
+        layout: &Layout,
+        control: &ControlFile,
+    ) -> Result<Self, PublishError> {
+        let system = layout.system(control.system_id);
+        let path = system.system_json();
+        let object = archive.get(&path, JSON_BYTES_MAX).await.map_err(|e| match e.is_not_found() {
+            true => PublishError::UnknownSystem {
+                archive: archive.url().to_owned(),
+                cluster: layout.cluster().to_owned(),
+                system_id: control.system_id,
+            },
+            false => e.into(),
+        })?;
+        let info: SystemInfo = Envelope::open_json(&object, ObjectKind::Json)
+            .map_err(|source| PublishError::Damaged { path: path.clone(), source })?;
+        let mismatch = |what, expected: String, found: String| PublishError::Mismatch {
+            path: path.clone(),
+            what,
+            expected,
+            found,
+        };
+        let text = |major: PgMajor| format!("PostgreSQL {major}");
+        if info.system_id != control.system_id {
+            return Err(mismatch(
+                "system identifier",
+                info.system_id.to_string(),
+                control.system_id.to_string(),
+            ));
+        }
+        if info.major != control.major {
+            return Err(mismatch("version", text(info.major), text(control.major)));
+        }
+        if info.segment_size != control.segment_size {
+            let [expected, found] = [info.segment_size, control.segment_size].map(|s| s.bytes().to_string());
+            return Err(mismatch("wal_segment_size", expected, found));
+        }
+        if info.block_bytes != control.block_bytes {
+            return Err(mismatch(
+                "block_size",
+                info.block_bytes.to_string(),
+                control.block_bytes.to_string(),
+            ));
+        }
+        Ok(Self { archive: archive.clone(), system, segment_size: info.segment_size })
+    }
+
+    /// Announces a backup under a name that no other has.
+    pub(super) async fn announce(&self, started: TimestampTz) -> Result<BackupId, PublishError> {
+        loop {
+            let salt = u16::try_from(RandomState::new().build_hasher().finish() & 0xFFFF).unwrap_or(0);
+            let id = BackupId::new(started, salt);
+            let note = StartedBackup {
+                id: id.clone(),
+                started,
+                host: crate::host::name(),
+                pid: std::process::id(),
+                kind: BackupKind::Full,
+                parent: None,
+            };
+            let object = Bytes::from(Envelope::seal_json(ObjectKind::Json, &note));
+            let taken = self.archive.head(&self.system.manifest(&id)).await?.is_some();
+            if !taken && self.archive.put_new(&self.system.started(&id), object).await? == Put::Created {
+                return Ok(id);
+            }
+        }
+    }
+
+    /// Takes the announcement of a backup back that has stored nothing. It is of no harm where that fails.
+    pub(super) async fn withdraw(&self, id: &BackupId) {
+        if let Err(e) = self.archive.delete(&self.system.started(id)).await {
+            tracing::debug!("the announcement of {id} stays: {e}");
+        }
+    }
+
+    /// Puts the map of a backup's extents.
+    pub(super) async fn put_map(&self, id: &BackupId, map: &ExtentMap) -> Result<u64, PublishError> {
+        let object = Bytes::from(map.encode());
+        let bytes = object.len() as u64;
+        put_own(&self.archive, &self.system.map(id.as_str()), object).await?;
+        Ok(bytes)
+    }
+
+    /// Makes the backup seen. What announced it goes; if that fails, readers know better.
+    pub(super) async fn publish(&self, manifest: &Manifest) -> Result<(), PublishError> {
+        let object = Bytes::from(manifest.encode());
+        put_own(&self.archive, &self.system.manifest(&manifest.id), object).await?;
+        if let Err(e) = self.archive.delete(&self.system.started(&manifest.id)).await {
+            tracing::warn!("the backup is complete, but its announcement stays: {e}");
+        }
+        Ok(())
+    }
+
+    /// Waits until the archive holds all WAL from `start` to `stop`, on the first of `timelines` or another of them.
+    /// `patience` is how long no segment may come; `hint` says, when that is over, why it may be.
+    pub(super) async fn await_wal<H: Future<Output = String>>(
+        &self,
+        timelines: &[TimelineId],
+        (start, stop): (Lsn, Lsn),
+        patience: Duration,
+        progress: &dyn Progress,
+        hint: impl FnOnce() -> H,
+    ) -> Result<(), PublishError> {
+        let segments =
+            segments(timelines.first().copied().unwrap_or(TimelineId::FIRST), start, stop, self.segment_size);
+        progress.phase("wal", Some((segments.len() as u64).saturating_mul(self.segment_size.bytes())));
+        let mut moved = Instant::now();
+        for segment in segments {
+            let mut pause = POLL_MIN;
+            while !self.has_segment(timelines, segment, stop).await? {
+                if moved.elapsed() >= patience {
+                    let hint = hint().await;
+                    return Err(PublishError::WalMissing { segment, seconds: patience.as_secs(), hint });
+                }
+                tokio::time::sleep(pause).await;
+                pause = pause.saturating_mul(2).min(POLL_MAX);
+            }
+            progress.advance(self.segment_size.bytes());
+            moved = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Whether a copy of the segment, up to `stop` where it lies inside, is in the archive and can be used.
+    async fn has_segment(
+        &self,
+        timelines: &[TimelineId],
+        segment: SegmentName,
+        stop: Lsn,
+    ) -> Result<bool, PublishError> {
+        let mut unusable = None;
+        for timeline in timelines {
+            let name = segment.on(*timeline);
+            let path = self.system.wal_file(waltide_format::WalFileName::Segment(name));
+            let Some(object) = self.archive.head(&path).await? else { continue };
+            match read_segment(&self.archive, &object).await? {
+                None => continue,
+                Some(Err(why)) => {
+                    unusable =
+                        Some(PublishError::WalUnusable { path, why: format!("which is damaged: {why}") })
+                }
+                Some(Ok(entry)) => match self.shortcoming(&entry, name, stop) {
+                    None => return Ok(true),
+                    Some(why) => unusable = Some(PublishError::WalUnusable { path, why }),
+                },
+            }
+            // A longer copy may lie beside it.
+            let listing = self.archive.list_names(&self.system.timeline(*timeline)).await?;
+            let beside = self.system.wal_file(waltide_format::WalFileName::Segment(name));
+            for object in listing
+                .objects
+                .iter()
+                .filter(|o| o.path.strip_prefix(&beside).is_some_and(|rest| rest.starts_with('@')))
+            {
+                if let Some(Ok(entry)) = read_segment(&self.archive, object).await?
+                    && self.shortcoming(&entry, name, stop).is_none()
+                {
+                    return Ok(true);
+                }
+            }
+        }
+        unusable.map_or(Ok(false), Err)
+    }
+
+    /// Why a stored segment cannot serve for the WAL up to `stop`.
+    fn shortcoming(&self, entry: &SegmentEntry, name: SegmentName, stop: Lsn) -> Option<String> {
+        let info = &entry.info;
+        let end = name.end(self.segment_size).unwrap_or(Lsn::MAX);
+        let whole = matches!(info.ending, Ending::Full | Ending::Switch);
+        if info.name != name {
+            return Some(format!("which holds {}", info.name));
+        }
+        if let Some(fault) = entry.faults.first() {
+            return Some(format!("which was admitted with a fault at {}", fault.at));
+        }
+        if info.valid_end >= stop || (whole && stop > end) {
+            return None;
+        }
+        Some(format!("whose records end at {}, before {}", info.valid_end, stop.min(end)))
+    }
+}
+
+/// The segments that hold the WAL from `start` to `stop`.
+fn segments(timeline: TimelineId, start: Lsn, stop: Lsn, size: SegmentSize) -> Vec<SegmentName> {
+    let first = SegmentName::containing(timeline, start, size);
+    let last = SegmentName::containing(timeline, stop.saturating_sub(1).max(start), size);
+    let next = |name: &SegmentName| if *name == last { None } else { name.next(size) };
+    std::iter::successors(Some(first), next).collect()
+}
+
+/// The files of a manifest and the map over their extents.
+pub(super) fn assemble(scan: &Scan, copied: Copied) -> (ExtentMap, Vec<ManifestFile>) {
+    let mut map = ExtentMap { packs: copied.packs, files: Vec::new() };
+    let mut files = Vec::with_capacity(scan.files.len());
+    for (source, copied) in scan.files.iter().zip(copied.files) {
+        let Some(copied) = copied else { continue };
+        let mut extents = Vec::new();
+        if !copied.extents.is_empty() {
+            let number = u32::try_from(map.files.len()).expect("fewer files than a manifest could hold");
+            extents.push((0, number));
+            map.files.push(copied.extents);
+        }
+        files.push(ManifestFile {
+            path: source.path.clone(),
+            bytes: copied.bytes,
+            mode: source.mode,
+            modified: source.modified,
+            extents,
+        });
+    }
+    (map, files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_segment_that_holds_the_last_byte_is_the_last() {
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let names = |start: u64, stop: u64| {
+            let found = segments(TimelineId::FIRST, start.into(), stop.into(), size);
+            found.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(names(0x10_0028, 0x10_0100), ["000000010000000000000001"]);
+        assert_eq!(names(0x10_0028, 0x20_0000), ["000000010000000000000001"]);
+        assert_eq!(names(0x10_0028, 0x20_0001), ["000000010000000000000001", "000000010000000000000002"]);
+        assert_eq!(
+            names(0xFFFF_0028, 0x1_0000_0100),
+            ["000000010000000000000FFF", "000000010000000100000000"]
+        );
+    }
+}
