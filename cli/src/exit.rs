@@ -102,9 +102,8 @@ impl Failure {
 /// An operation's error is failure 1; an operation that knows better says so with [`Failure::status`].
 impl<E: Error + Send + Sync + 'static> From<E> for Failure {
     fn from(e: E) -> Self {
-        let source = e.source().map(|s| s.to_string());
-        let text = e.to_string();
-        Self { status: 1, text, source: source.map(Into::into), hint: None }
+        // Whole, so that every cause behind it can be told.
+        Self { status: 1, text: e.to_string(), source: Some(Box::new(e)), hint: None }
     }
 }
 

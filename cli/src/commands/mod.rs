@@ -1,5 +1,6 @@
 //! One small file per verb.
 
+mod backup;
 mod completions;
 mod doctor;
 mod fetch;
@@ -24,6 +25,7 @@ pub(crate) enum Command {
     Watch(watch::Args),
     Doctor(doctor::Args),
     Fetch(fetch::Args),
+    Backup(backup::Args),
     List(list::Args),
     Info(info::Args),
     Status(status::Args),
@@ -38,6 +40,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Push(args) => push::run(args, context).await,
         Command::Watch(args) => watch::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
+        Command::Backup(args) => backup::run(args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,

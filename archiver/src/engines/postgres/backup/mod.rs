@@ -24,6 +24,8 @@ use super::files::{CONTROL_FILE, Scan, ScanError, scan};
 use super::pages::PageRule;
 use super::publish::{Destination, PublishError, assemble};
 
+/// zstd's level unless another is asked for.
+pub const DEFAULT_LEVEL: i32 = 1;
 /// A manifest names no more damaged pages than this; where there are more, the disk is beyond lists.
 const DAMAGED_PAGES_MAX: usize = 10_000;
 /// How often the session that holds the backup open is looked at.
