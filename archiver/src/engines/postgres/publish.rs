@@ -90,6 +90,14 @@ impl PublishError {
     }
 }
 
+/// What a backup's WAL comes from.
+pub(super) trait WalSource {
+    /// A number that changes when any segment was archived, where that is known.
+    async fn archived(&self) -> Option<i64>;
+    /// Why a segment may not have come.
+    async fn why_not(&self) -> String;
+}
+
 /// The system that a data directory belongs to, in the archive.
 #[derive(Debug, Clone)]
 pub(super) struct Destination {
@@ -195,24 +203,29 @@ impl Destination {
     }
 
     /// Waits until the archive holds all WAL from `start` to `stop`, on the first of `timelines` or another of them.
-    /// `patience` is how long no segment may come; `hint` says, when that is over, why it may be.
-    pub(super) async fn await_wal<H: Future<Output = String>>(
+    /// `patience` is how long nothing may come; `source` may know of what comes before the first of these segments.
+    pub(super) async fn await_wal(
         &self,
         timelines: &[TimelineId],
         (start, stop): (Lsn, Lsn),
         patience: Duration,
         progress: &dyn Progress,
-        hint: impl FnOnce() -> H,
+        source: &impl WalSource,
     ) -> Result<(), PublishError> {
-        let segments =
-            segments(timelines.first().copied().unwrap_or(TimelineId::FIRST), start, stop, self.segment_size);
+        let timeline = timelines.first().copied().unwrap_or(TimelineId::FIRST);
+        let segments = segments(timeline, start, stop, self.segment_size);
         progress.phase("wal", Some((segments.len() as u64).saturating_mul(self.segment_size.bytes())));
         let mut moved = Instant::now();
+        let mut archived = None;
         for segment in segments {
             let mut pause = POLL_MIN;
             while !self.has_segment(timelines, segment, stop).await? {
+                let now = source.archived().await;
+                if now != archived {
+                    (archived, moved) = (now, Instant::now());
+                }
                 if moved.elapsed() >= patience {
-                    let hint = hint().await;
+                    let hint = source.why_not().await;
                     return Err(PublishError::WalMissing { segment, seconds: patience.as_secs(), hint });
                 }
                 tokio::time::sleep(pause).await;

@@ -224,7 +224,7 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
         timelines.extend(control.min_recovery_timeline.filter(|t| *t != label.timeline));
     }
     let range = (label.start_lsn, stopped.lsn);
-    to.await_wal(&timelines, range, request.archive_timeout, &*progress, || server.why_no_wal()).await?;
+    to.await_wal(&timelines, range, request.archive_timeout, &*progress, &server).await?;
 
     let manifest = Manifest {
         id,

@@ -9,6 +9,7 @@ use waltide_format::{Lsn, PgMajor, SystemId};
 
 use super::super::connect::{ConnectRequest, connect};
 use super::super::postmaster::Postmaster;
+use super::super::publish::WalSource;
 use super::BackupError;
 
 /// Between writing postmaster.pid and taking the time that it answers as its start, a server sets up its memory.
@@ -134,13 +135,26 @@ impl Server {
             tablespace_map: map.unwrap_or_default(),
         })
     }
+}
 
-    /// Why a segment may not have reached the archive.
-    pub(super) async fn why_no_wal(&self) -> String {
+impl WalSource for Server {
+    async fn archived(&self) -> Option<i64> {
         if self.is_standby {
-            return "a standby cannot end a segment\nhint: run SELECT pg_switch_wal() on the primary, and see that it archives".to_owned();
+            return None;
         }
-        let query = "SELECT current_setting('archive_mode'), last_failed_wal FROM pg_stat_archiver";
+        let row = self.client.query_one("SELECT archived_count FROM pg_stat_archiver", &[]).await.ok()?;
+        row.try_get(0).ok()
+    }
+
+    async fn why_not(&self) -> String {
+        if self.is_standby {
+            return "a standby cannot end a segment\nhint: run SELECT pg_switch_wal() on the primary, and see that it \
+                    archives"
+                .to_owned();
+        }
+        // Only the failures since the last success say something of now.
+        let query = "SELECT current_setting('archive_mode'), CASE WHEN last_archived_time IS NULL OR \
+                     last_failed_time > last_archived_time THEN last_failed_wal END FROM pg_stat_archiver";
         let Ok(row) = self.client.query_one(query, &[]).await else {
             return "the server no longer answers".to_owned();
         };
@@ -151,10 +165,9 @@ impl Server {
                 "archive_mode is off\nhint: waltide init prints the settings that ship WAL".to_owned()
             }
             (_, Some(failed)) => {
-                format!("archive_command has failed for {failed}\nhint: the server's log has what it said.")
+                format!("archive_command fails for {failed}\nhint: the server's log has what it said")
             }
-            _ => "archive_command has not failed\nhint: it may be slow, or archive into another place."
-                .to_owned(),
+            _ => "archive_command has not failed\nhint: it may archive into another place".to_owned(),
         }
     }
 }
