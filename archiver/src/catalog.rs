@@ -21,7 +21,7 @@ use waltide_storage::{Archive, Bytes, CatalogueCache, ObjectInfo, StorageError};
 /// A segment's catalogue entry lies in this much of its end, but for a segment with very many restore points.
 const TAIL_BYTES: u64 = 16 << 10;
 /// No JSON object but a manifest, and no history file, comes near this.
-const SMALL_BYTES_MAX: u64 = 1 << 20;
+pub(crate) const SMALL_BYTES_MAX: u64 = 1 << 20;
 /// No manifest or extent map comes near this: a manifest of ten million files has a few hundred megabytes.
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 /// Part of every cache entry's version: raise it when a cached value's form or meaning changes.
@@ -82,10 +82,21 @@ pub async fn load(
     threads: usize,
 ) -> Result<Catalog, CatalogError> {
     let system = find_system(archive, layout, system).await?;
+    load_system(archive, layout, system, cache, threads).await
+}
+
+/// The catalogue of a system whose system.json was read.
+pub(crate) async fn load_system(
+    archive: &Archive,
+    layout: &Layout,
+    system: SystemInfo,
+    cache: Option<&CatalogueCache>,
+    threads: usize,
+) -> Result<Catalog, CatalogError> {
     let names = layout.system(system.system_id);
     let (wal_dir, backups_dir) = (names.wal(), names.backups());
     let (wal, backups) = futures_util::try_join!(archive.list(&wal_dir), archive.list(&backups_dir))?;
-    let reader = Reading { archive, cache, threads, wrote: AtomicBool::new(false) };
+    let reader = Reading::new(archive, cache, threads);
     let segments = wal.iter().filter(|o| is_segment(&names, &o.path));
     let segments = reader.all(segments.collect(), |object| read_segment(archive, object)).await?;
     let histories = wal.iter().filter_map(|o| match names.parse_wal(&o.path) {
@@ -149,7 +160,7 @@ pub fn default_cache_path(url: &str, archive_id: &str) -> Option<PathBuf> {
 }
 
 /// The system asked for, or the one created last.
-async fn find_system(
+pub(crate) async fn find_system(
     archive: &Archive,
     layout: &Layout,
     wanted: Option<SystemId>,
@@ -202,16 +213,20 @@ pub(crate) type Found<T> = Result<T, String>;
 pub(crate) type Read<T> = Result<Option<Found<T>>, StorageError>;
 
 /// Reads many objects, through the cache.
-struct Reading<'a> {
+pub(crate) struct Reading<'a> {
     archive: &'a Archive,
     cache: Option<&'a CatalogueCache>,
     threads: usize,
     wrote: AtomicBool,
 }
 
-impl Reading<'_> {
+impl<'a> Reading<'a> {
+    pub(crate) fn new(archive: &'a Archive, cache: Option<&'a CatalogueCache>, threads: usize) -> Self {
+        Self { archive, cache, threads, wrote: AtomicBool::new(false) }
+    }
+
     /// The value of every object that is there, in the order given.
-    async fn all<'o, T, F>(
+    pub(crate) async fn all<'o, T, F>(
         &self,
         objects: Vec<&'o ObjectInfo>,
         read: impl Fn(&'o ObjectInfo) -> F,
@@ -273,7 +288,7 @@ impl Reading<'_> {
 }
 
 /// An object's bytes; none where it is gone, a text where it cannot be what its name says.
-async fn fetch(archive: &Archive, path: &str, max_bytes: u64) -> Read<Bytes> {
+pub(crate) async fn fetch(archive: &Archive, path: &str, max_bytes: u64) -> Read<Bytes> {
     sort_out(archive.get(path, max_bytes).await)
 }
 
@@ -398,8 +413,9 @@ struct ManifestHead {
 }
 
 /// Which part of a backup an object is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum BackupObject {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackupObject {
     /// The manifest.
     Manifest,
     /// What announces it.
@@ -492,7 +508,7 @@ async fn read_manifest(archive: &Archive, object: &ObjectInfo) -> Read<ManifestH
     Ok(Some(decoded.expect("a decoder does not panic")))
 }
 
-async fn read_json<T: DeserializeOwned>(archive: &Archive, object: &ObjectInfo) -> Read<T> {
+pub(crate) async fn read_json<T: DeserializeOwned>(archive: &Archive, object: &ObjectInfo) -> Read<T> {
     let bytes = fetch(archive, &object.path, SMALL_BYTES_MAX).await?;
     let open = |bytes: Bytes| Envelope::open_json(&bytes, ObjectKind::Json).map_err(|e| e.to_string());
     Ok(bytes.map(|bytes| bytes.and_then(open)))

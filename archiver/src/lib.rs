@@ -10,5 +10,8 @@ pub mod catalog;
 pub mod engines;
 pub mod host;
 pub mod init;
+pub mod inventory;
+pub mod prune;
 mod put;
+pub mod retention;
 pub mod status;

@@ -30,7 +30,8 @@ pub(crate) struct Context {
     pub(crate) config_path: Option<PathBuf>,
     archive: Option<String>,
     cluster: Option<String>,
-    system: Option<SystemId>,
+    /// The system identifier asked for.
+    pub(crate) system: Option<SystemId>,
     cache: Option<PathBuf>,
     archive_id: OnceLock<String>,
     dotenv: BTreeMap<String, String>,
@@ -149,7 +150,7 @@ impl Context {
 
     /// What the archive holds for the cluster, out of the cache where that knows it.
     pub(crate) async fn catalog(&self, archive: &Archive, layout: &Layout) -> Result<Catalog, Failure> {
-        let cache = self.cache_path(archive).map(|path| CatalogueCache::open(&path));
+        let cache = self.cache(archive);
         let loaded = catalog::load(archive, layout, self.system, cache.as_ref(), self.threads).await;
         loaded.map_err(|e| {
             let status = if e.is_damage() { 3 } else { 1 };
@@ -160,6 +161,11 @@ impl Context {
             };
             Failure::from(e).status(status).hint(hint)
         })
+    }
+
+    /// The catalogue cache, unless it is turned off.
+    pub(crate) fn cache(&self, archive: &Archive) -> Option<CatalogueCache> {
+        self.cache_path(archive).map(|path| CatalogueCache::open(&path))
     }
 
     /// The cache's file: `--cache`, the configuration's, or one of the user's own; none where that is empty.

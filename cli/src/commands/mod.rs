@@ -6,8 +6,10 @@ mod doctor;
 mod fetch;
 mod info;
 mod init;
+mod keep;
 mod list;
 mod man;
+mod prune;
 mod push;
 mod status;
 mod watch;
@@ -29,6 +31,8 @@ pub(crate) enum Command {
     List(list::Args),
     Info(info::Args),
     Status(status::Args),
+    Prune(prune::Args),
+    Keep(keep::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -45,6 +49,8 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,
         Command::Status(args) => status::run(&args, context).await,
+        Command::Prune(args) => prune::run(&args, context).await,
+        Command::Keep(args) => keep::run(&args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),
     }

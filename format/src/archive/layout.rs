@@ -140,6 +140,16 @@ impl SystemLayout {
         format!("{}/backups/{id}.keep", self.prefix)
     }
 
+    /// Where prunes announce what they are about to remove.
+    pub fn pruning(&self) -> String {
+        format!("{}/pruning", self.prefix)
+    }
+
+    /// A prune's announcement.
+    pub fn prune_mark(&self, id: &str) -> String {
+        format!("{}/pruning/{id}", self.prefix)
+    }
+
     /// Where packs lie.
     pub fn packs(&self) -> String {
         format!("{}/chunks/packs", self.prefix)

@@ -247,6 +247,20 @@ pub struct StartedBackup {
     pub parent: Option<BackupId>,
 }
 
+/// `pruning/<id>`: what a prune is about to remove. Whoever refers to a backup announces that first and looks for
+/// these afterwards; a prune writes this first and looks for references afterwards: one of the two sees the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PruneMark {
+    /// When it was written.
+    pub started: TimestampTz,
+    /// The machine.
+    pub host: String,
+    /// The process there.
+    pub pid: u32,
+    /// The backups that are about to go.
+    pub backups: Vec<BackupId>,
+}
+
 /// What a drill restored, checked and measured. A drill that failed is recorded too, with as much as it found out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrillRecord {

@@ -23,7 +23,7 @@ pub use layout::{Layout, SystemLayout, WalObject};
 pub use manifest::{
     BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
     DrillRecord, DrillSetting, DrillVerdict, Manifest, ManifestDirectory, ManifestFile, ManifestStats,
-    StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+    PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, encode_segment, pack_segment, wal_digest,
