@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
+use waltide_archiver::engines::postgres::push::{DEFAULT_LEVEL, Outcome, PushRequest, push};
 use waltide_format::archive::{Ending, Layout, StoredSegment, SystemLayout, WalFile};
 use waltide_format::{SegmentName, SystemId};
+use waltide_storage::{Archive, Faults};
 use waltide_tests::oracle::{ControlData, Waldump};
-use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode, Waltide};
+use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode, Waltide, poll_until};
 
 /// An archive, the binary that ships to it, and where everything lies.
 struct Site {
@@ -42,6 +46,11 @@ impl Site {
     fn layout(&self, cluster: &Cluster) -> SystemLayout {
         let id = ControlData::read(cluster.data_dir()).system_identifier();
         Layout::new("main").unwrap().system(SystemId::from(id))
+    }
+
+    /// Ships a file as PostgreSQL does, in the data directory.
+    fn push_in(&self, cluster: &Cluster) -> Waltide {
+        self.waltide.clone().current_dir(cluster.data_dir())
     }
 
     fn object(&self, cluster: &Cluster, file: &str) -> PathBuf {
@@ -332,4 +341,495 @@ fn a_fault_is_archived_only_when_that_is_forced_and_is_noted() {
     let path = lab.file(&lab.segments[2], &theirs);
     let out = lab.site.waltide.fails(1, ["push", path.to_str().unwrap(), "--force-admit"]);
     assert!(out.stderr.contains("is of another cluster"), "{}", out.describe());
+}
+
+#[test]
+fn the_same_file_twice_is_a_success_and_changes_nothing() {
+    let lab = Lab::new("twice");
+    let name = lab.segments[3].as_str();
+    let path = lab.file(name, &lab.wal(3));
+    let path = path.to_str().unwrap();
+    let first = lab.site.waltide.json(["push", path]);
+    assert_eq!((&first["outcome"], &first["file_bytes"]), (&"stored".into(), &(1 << 20).into()));
+    let object = lab.site.object(&lab.cluster, name);
+    let before = (fs::read(&object).unwrap(), fs::metadata(&object).unwrap().modified().unwrap());
+    assert_eq!(lab.site.waltide.json(["push", path])["outcome"], "already_there");
+    assert!(before == (fs::read(&object).unwrap(), fs::metadata(&object).unwrap().modified().unwrap()));
+    // Nothing is said of a success, for PostgreSQL's log takes all that is said.
+    let quiet = lab.site.waltide.ok(["push", path]);
+    assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("", ""));
+
+    for (name, text) in
+        [("00000002.history", "1\t0/2000000\tno recovery target specified\n"), ("00000003.history", "")]
+    {
+        let path = lab.file(name, text.as_bytes());
+        assert_eq!(lab.site.waltide.json(["push", path.to_str().unwrap()])["outcome"], "stored");
+        assert_eq!(lab.site.waltide.json(["push", path.to_str().unwrap()])["outcome"], "already_there");
+    }
+    let other = lab.file("00000002.history", b"1\t0/3000000\tno recovery target specified\n");
+    let out = lab.site.waltide.fails(1, ["push", other.to_str().unwrap()]);
+    let object = lab.site.layout(&lab.cluster).wal_file("00000002.history".parse().unwrap());
+    let says = format!("00000002.history is already archived with different contents, as {object}");
+    assert!(out.stderr.contains(&says), "{}", out.describe());
+
+    // A damaged copy in the archive is no copy.
+    let mut damaged = before.0.clone();
+    let at = damaged.len() - 40;
+    damaged[at] ^= 1;
+    fs::write(lab.site.object(&lab.cluster, name), damaged).unwrap();
+    let out = lab.site.waltide.fails(1, ["push", path]);
+    assert!(out.stderr.contains("is damaged in the archive"), "{}", out.describe());
+}
+
+#[test]
+fn a_longer_copy_lies_beside_the_shorter_and_a_divergence_is_an_error() {
+    let lab = Lab::new("partial");
+    let (segment, wal) = (lab.segments[4].clone(), lab.wal(4));
+    let name = format!("{segment}.partial");
+    // What lies behind the end of a partial segment is zeros, or an older segment's pages.
+    let old = lab.wal(2);
+    let cut = |pages: usize, behind: Option<&[u8]>| {
+        let mut bytes = wal.clone();
+        match behind {
+            None => bytes[pages * 8192..].fill(0),
+            Some(old) => bytes[pages * 8192..].copy_from_slice(&old[pages * 8192..]),
+        }
+        lab.file(&name, &bytes)
+    };
+    let push = |path: &Path| lab.site.waltide.json(["push", path.to_str().unwrap()]);
+    assert_eq!(push(&cut(40, None))["outcome"], "stored");
+    assert_eq!(push(&cut(40, Some(&old)))["outcome"], "contained");
+    assert_eq!(push(&cut(20, Some(&old)))["outcome"], "contained");
+    let longer = push(&cut(90, Some(&old)));
+    assert_eq!(longer["outcome"], "stored_beside");
+    assert!(longer["object"].as_str().unwrap().contains(&format!("/{name}@0000")), "{longer}");
+    assert_eq!(push(&cut(90, Some(&old)))["outcome"], "contained");
+    assert_eq!(push(&cut(60, None))["outcome"], "contained");
+    let stored = lab.site.stored(&lab.cluster);
+    let ends: Vec<_> = stored.values().map(|s| (s.index.info.ending, s.index.faults.len())).collect();
+    assert_eq!(ends, [(Ending::EndOfLog, 0); 2]);
+    // The whole segment is another name.
+    assert_eq!(push(&lab.file(&segment, &wal))["outcome"], "stored");
+
+    // Another record in the same place: made by the same server after its data directory was put back.
+    let mut cluster = lab.site.builder("again").create();
+    let again = |cluster: &mut Cluster| {
+        cluster.start();
+        cluster.pgbench_init(1);
+        let last = cluster.switch_wal();
+        cluster.stop(StopMode::Fast);
+        last
+    };
+    let saved = lab.site.scratch.copy_tree(cluster.data_dir(), "saved");
+    lab.site.waltide.ok(["init", "--data-dir", cluster.data_dir().to_str().unwrap(), "--upgrade"]);
+    let last = again(&mut cluster);
+    let mut twin = Cluster::with_data_dir("twin", &lab.site.scratch, saved);
+    let name = last.min(again(&mut twin));
+    let file = |cluster: &Cluster| cluster.data_dir().join("pg_wal").join(&name);
+    assert_eq!(push(&file(&cluster))["outcome"], "stored");
+    let out = lab.site.waltide.fails(1, ["push", file(&twin).to_str().unwrap()]);
+    let object = lab.site.layout(&cluster).wal_file(name.parse().unwrap());
+    let says = format!("{name} is already archived with different contents: it differs from {object} at 0/");
+    assert!(out.stderr.contains(&says), "{}", out.describe());
+    assert!(out.stderr.contains("two servers may be archiving the same timeline"), "{}", out.describe());
+}
+
+#[test]
+fn nothing_is_refused_after_promotions() {
+    let site = Site::new("promotions");
+    let mut primary = site.create(site.builder("primary"));
+    primary.start();
+    primary.pgbench_init(2);
+    let mut standbys = Vec::new();
+    for round in 0..3 {
+        let mut standby = primary.make_standby(&format!("standby{round}"));
+        // The harness makes standbys that do not archive.
+        standby.set("archive_mode", "on");
+        standby.restart();
+        let mut load = primary.pgbench_background(&["-c", "2", "-T", "600"]);
+        // A segment of its own is begun and left half full at another place each time.
+        primary.archive_all();
+        primary.query(&format!(
+            "create table t{round} as select generate_series(1, {}) as n",
+            3000 * (round + 1)
+        ));
+        standby.wait_caught_up(&primary);
+        load.is_running();
+        load.kill9();
+        standby.wait_caught_up(&primary);
+        standby.promote();
+        standby.pgbench(&["-c", "2", "-t", "300"]);
+        standby.archive_all();
+        let statistics = standby.query("select failed_count from pg_stat_archiver");
+        assert_eq!(statistics, "0", "{}", standby.log_tail());
+        primary.stop(StopMode::Fast);
+        standbys.push(std::mem::replace(&mut primary, standby));
+    }
+    let stored = site.stored(&primary);
+    assert_chain(&stored);
+    let names: Vec<&str> = stored.keys().map(String::as_str).collect();
+    for timeline in ["00000002", "00000003", "00000004"] {
+        let first = names.iter().find(|n| n.starts_with(timeline)).unwrap();
+        let info = &stored[*first].index.info;
+        assert!(info.first_page_timeline < info.name.timeline(), "{first} begins with its ancestor's pages");
+        assert!(site.object(&primary, &format!("{timeline}.history")).exists());
+    }
+    assert!(names.iter().any(|name| name.ends_with(".partial")), "{names:?}");
+}
+
+#[test]
+fn nothing_is_refused_after_crashes() {
+    let site = Site::new("crashes");
+    let mut cluster = site.create(site.builder("db").setting("wal_writer_flush_after", "0"));
+    cluster.start();
+    cluster.pgbench_init(2);
+    // Large records run over several pages and over segments' edges, and a crash cuts them off there.
+    cluster.query("create table big (t text); alter table big alter t set storage external");
+    let big = site.scratch.file("big.sql", "insert into big select string_agg(md5(random()::text), '') from generate_series(1, 60000);\nselect pg_logical_emit_message(random() < 0.5, 'big', repeat('x', (random() * 300000)::int));\n");
+    for round in 0..8 {
+        let script = big.to_str().unwrap().to_owned();
+        let load = cluster.pgbench_background(&["-n", "-c", "3", "-T", "600", "-f", &script]);
+        let started = cluster.query("select pg_current_wal_insert_lsn()");
+        cluster.wait_until(&format!(
+            "select pg_current_wal_insert_lsn() - '{started}' > {}",
+            3_000_000 + round * 777_777
+        ));
+        cluster.kill9();
+        drop(load);
+        cluster.start();
+    }
+    let last = cluster.archive_all();
+    assert_eq!(cluster.query("select failed_count from pg_stat_archiver"), "0", "{}", cluster.log_tail());
+    let stored = site.stored(&cluster);
+    assert!(stored.contains_key(&last));
+    assert_chain(&stored);
+}
+
+/// The segments that PostgreSQL waits to have archived.
+fn ready(cluster: &Cluster) -> Vec<String> {
+    let status = cluster.data_dir().join("pg_wal/archive_status");
+    let names = read_dir(&status).into_iter().map(|p| p.file_name().unwrap().to_str().unwrap().to_owned());
+    names.filter_map(|name| name.strip_suffix(".ready").map(str::to_owned)).collect()
+}
+
+/// A cluster whose archiver fails, so that a backlog of segments is ready.
+fn with_backlog(site: &Site) -> Cluster {
+    let cluster = site.builder("db").archive_command("/bin/false").start();
+    site.init(&cluster);
+    cluster.pgbench_init(2);
+    cluster.switch_wal();
+    cluster
+}
+
+#[test]
+fn neighbours_that_are_ready_go_along_and_only_postgresql_marks_them() {
+    let site = Site::new("neighbours");
+    let mut cluster = with_backlog(&site);
+    let before = ready(&cluster);
+    assert!(before.len() > 12, "{before:?}");
+    // One of them is broken; that is for its own run to say.
+    let broken = cluster.data_dir().join("pg_wal").join(&before[6]);
+    let whole = fs::read(&broken).unwrap();
+    let mut bytes = whole.clone();
+    bytes[8192 * 5] ^= 1;
+    fs::write(&broken, &bytes).unwrap();
+    let push = site.push_in(&cluster);
+    let out = push.ok(["push", &format!("pg_wal/{}", before[2]), "-v"]);
+    assert!(
+        out.stderr.contains(&format!("{} did not go along: {} is refused", before[6], before[6])),
+        "{out:?}"
+    );
+    assert_eq!(ready(&cluster), before, "only PostgreSQL renames .ready");
+    let stored = site.stored(&cluster);
+    let expected: Vec<&String> = before.iter().filter(|name| **name != before[6]).take(32).collect();
+    assert_eq!(stored.keys().collect::<Vec<_>>(), expected);
+    // Its own run says it.
+    let out = push.fails(1, ["push", &format!("pg_wal/{}", before[6])]);
+    assert!(out.stderr.contains("is refused"), "{out:?}");
+    assert_eq!(push.json(["push", &format!("pg_wal/{}", before[0])])["outcome"], "already_there");
+    fs::write(&broken, &whole).unwrap();
+
+    // The runs that follow return at once.
+    cluster.set("archive_command", &site.waltide.archive_command());
+    cluster.reload();
+    cluster.archive_all();
+    assert_chain(&site.stored(&cluster));
+    assert_eq!(ready(&cluster), Vec::<String>::new());
+    cluster.stop(StopMode::Fast);
+}
+
+#[test]
+fn watch_ships_the_backlog_and_what_follows_through_kills_and_an_archive_that_goes_away() {
+    let site = Site::new("watch");
+    let cluster = with_backlog(&site);
+    let data_dir = cluster.data_dir().to_str().unwrap().to_owned();
+    let watch = || site.waltide.spawn(["watch", "--data-dir", &data_dir, "-v"]);
+    let all_shipped = |what: &str| {
+        let names = ready(&cluster);
+        poll_until(what, Duration::from_secs(60), || {
+            names.iter().all(|name| site.object(&cluster, name).exists()).then_some(())
+        });
+        assert_eq!(ready(&cluster), names, "only PostgreSQL renames .ready");
+    };
+    // Killed while it ships the backlog, again and again.
+    for _ in 0..10 {
+        let running = watch();
+        let count = site.stored(&cluster).len();
+        poll_until("a segment is shipped", Duration::from_secs(30), || {
+            (ready(&cluster).len() <= count || site.stored(&cluster).len() > count).then_some(())
+        });
+        running.kill9();
+    }
+    let running = watch();
+    all_shipped("the backlog is shipped");
+
+    // What becomes ready goes within less than a sweep, because it is notified.
+    let started = Instant::now();
+    let segment = cluster.switch_wal();
+    let object = site.object(&cluster, &segment);
+    poll_until("the new segment is shipped", Duration::from_secs(30), || object.exists().then_some(()));
+    assert!(started.elapsed() < Duration::from_secs(9), "{:?}", started.elapsed());
+
+    // The archive is gone for a while.
+    let away = site.archive.with_file_name("away");
+    fs::rename(&site.archive, &away).unwrap();
+    let segment = cluster.switch_wal();
+    poll_until("the failure is told", Duration::from_secs(30), || {
+        running.stderr().contains(&format!("{segment} is not shipped")).then_some(())
+    });
+    fs::rename(&away, &site.archive).unwrap();
+    all_shipped("the segment is shipped once the archive is back");
+    let out = running.terminate();
+    assert_eq!(out.status, 0, "{}", out.describe());
+    assert!(out.stderr.contains("the archive takes files again"), "{}", out.describe());
+    assert!(out.stdout.contains("shipped "), "{}", out.describe());
+    assert_chain(&site.stored(&cluster));
+
+    // archive_command finds it all there; an interrupt stops a watch as well.
+    let running = watch();
+    cluster.set("archive_command", &site.waltide.archive_command());
+    cluster.reload();
+    cluster.archive_all();
+    assert_eq!(
+        cluster.query("select failed_count from pg_stat_archiver where last_archived_wal is null"),
+        ""
+    );
+    let out = running.interrupt();
+    assert_eq!(out.status, 0, "{}", out.describe());
+}
+
+/// Pushes in this process, with faults between it and the archive.
+fn push_with(archive: &Archive, faults: Option<&Faults>, path: &Path) -> Result<Outcome, String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let archive = faults.map_or_else(|| archive.clone(), |faults| archive.with_faults(faults.clone()));
+    let request = PushRequest {
+        archive,
+        layout: Layout::new("main").unwrap(),
+        path: path.to_owned(),
+        threads: 2,
+        level: DEFAULT_LEVEL,
+        force_admit: false,
+    };
+    runtime.block_on(push(&request)).map(|pushed| pushed.outcome).map_err(|e| e.to_string())
+}
+
+#[test]
+fn whichever_call_to_the_archive_fails_nothing_is_half_there_and_a_retry_works() {
+    let lab = Lab::new("faults");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let url = lab.site.archive.to_str().unwrap().parse().unwrap();
+    let archive = runtime.block_on(Archive::open(&url)).unwrap();
+    let segment = lab.segments[4].clone();
+    let partial = format!("{segment}.partial");
+    let wal = lab.wal(4);
+    let cut = |pages: usize| {
+        let mut bytes = wal.clone();
+        bytes[pages * 8192..].fill(0);
+        bytes
+    };
+    // What is pushed, and what has to be there before.
+    let cases: [(&str, Vec<u8>, Option<Vec<u8>>); 5] = [
+        (&segment, wal.clone(), None),
+        (&segment, wal.clone(), Some(wal.clone())),
+        (&partial, cut(90), Some(cut(40))),
+        (&partial, cut(40), Some(cut(90))),
+        ("00000002.history", b"1\t0/2000000\tx\n".to_vec(), None),
+    ];
+    for (name, bytes, before) in cases {
+        let path = lab.file(name, &bytes);
+        let wal_dir = lab.site.archive.join(lab.site.layout(&lab.cluster).wal());
+        let mut failures = 0;
+        for kind in [Faults::fail_call, Faults::lose_ack, Faults::torn_write, Faults::down_from] {
+            for n in 1.. {
+                let _ = fs::remove_dir_all(&wal_dir);
+                if let Some(before) = &before {
+                    push_with(&archive, None, &lab.file(name, before)).unwrap();
+                }
+                let faults = kind(n);
+                let outcome = push_with(&archive, Some(&faults), &path);
+                // What is visible is whole, whatever happened, and what was acknowledged is there.
+                let stored = || match name.ends_with(".history") {
+                    true => fs::read(wal_dir.join(name))
+                        .map(|b| usize::from(WalFile::decode(&b).unwrap().contents == bytes))
+                        .unwrap_or(0),
+                    false => lab
+                        .site
+                        .stored(&lab.cluster)
+                        .values()
+                        .filter(|s| s.wal == bytes || before.as_ref() == Some(&s.wal))
+                        .count(),
+                };
+                let there = stored();
+                if outcome.is_ok() {
+                    assert!(there > 0, "{name} {faults:?}");
+                } else {
+                    assert!(faults.fired(), "{name} {faults:?} {outcome:?}");
+                    failures += 1;
+                    let again = push_with(&archive, None, &path);
+                    assert!(again.is_ok(), "{name} {faults:?} {again:?}");
+                }
+                assert!(stored() > 0, "{name} {faults:?}");
+                if !faults.fired() {
+                    break;
+                }
+            }
+        }
+        assert!(failures >= 8, "{name}: {failures}");
+    }
+}
+
+/// Numbers that look random and come again with the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+}
+
+#[test]
+fn a_push_killed_at_any_instant_loses_nothing_and_leaves_nothing_half_done() {
+    let lab = Lab::new("kill");
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_120);
+    let mut dice = Dice(seed);
+    let name = lab.segments[4].as_str();
+    let path = lab.file(name, &lab.wal(4));
+    let path = path.to_str().unwrap();
+    let object = lab.site.object(&lab.cluster, name);
+    let dir = object.parent().unwrap().to_owned();
+    // The shortest of several, for the machine may be busy.
+    let time = || {
+        let _ = fs::remove_dir_all(&dir);
+        lab.site.waltide.ok(["push", path]).took
+    };
+    let took = (0..5).map(|_| time()).min().unwrap();
+    let (mut killed, mut absent, mut whole) = (0, 0, 0);
+    for round in 0..1000 {
+        if killed >= 120 {
+            break;
+        }
+        let _ = fs::remove_dir_all(&dir);
+        let mut command = lab.site.waltide.runner(["push", path]).into_command();
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let micros = u64::try_from(took.as_micros()).unwrap();
+        let until = Instant::now() + Duration::from_micros(dice.below(micros));
+        // Spinning hits the instant; sleeping would round it.
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        let status = child.wait().unwrap();
+        killed += usize::from(status.code().is_none());
+        match fs::read(&object) {
+            Ok(bytes) => {
+                whole += 1;
+                let stored = StoredSegment::decode(&bytes)
+                    .unwrap_or_else(|e| panic!("round {round}, seed {seed}: {e}"));
+                assert!(stored.wal == lab.wal(4), "round {round}, seed {seed}");
+            }
+            Err(_) => {
+                absent += 1;
+                assert!(!status.success(), "acknowledged and not there: round {round}, seed {seed}");
+            }
+        }
+        lab.site.waltide.ok(["push", path]);
+        assert!(lab.site.stored(&lab.cluster)[name].wal == lab.wal(4), "round {round}, seed {seed}");
+    }
+    assert!(killed >= 100 && absent > 20, "{killed} killed, {absent} absent, {whole} whole");
+}
+
+#[test]
+fn doctor_follows_a_segment_and_says_what_is_wrong() {
+    let site = Site::new("doctor");
+    let mut cluster = site.create(site.builder("db"));
+    cluster.start();
+    cluster.set("archive_timeout", "60s");
+    cluster.reload();
+    let data_dir = cluster.data_dir().to_str().unwrap().to_owned();
+    let connection = cluster.connection();
+    let arguments = ["doctor", "--data-dir", &data_dir, "--connection", &connection, "--wait", "20"];
+    let result = |answer: &serde_json::Value, name: &str| {
+        let checks = answer["checks"].as_array().unwrap();
+        let found =
+            checks.iter().find(|c| c["name"] == name).unwrap_or_else(|| panic!("no {name}: {answer}"));
+        (found["result"].as_str().unwrap().to_owned(), found["found"].as_str().unwrap().to_owned())
+    };
+    let healthy = site.waltide.json(arguments);
+    for check in healthy["checks"].as_array().unwrap() {
+        let is_fsync = check["name"] == "fsync";
+        assert!(check["result"] == "ok" || is_fsync && check["result"] == "warning", "{check}");
+    }
+    let (_, found) = result(&healthy, "round trip");
+    assert!(found.contains("the same as in pg_wal"), "{found}");
+    let quiet = site.waltide.json([&arguments[..], &["--no-switch"]].concat());
+    assert_eq!(result(&quiet, "round trip").0, "ok");
+    let text = site.waltide.ok(arguments).stdout;
+    assert!(text.starts_with("result   check"), "{text}");
+    let leftovers: Vec<_> = read_dir(&site.archive.join(site.layout(&cluster).prefix()))
+        .into_iter()
+        .filter(|path| path.to_string_lossy().contains("probe"))
+        .collect();
+    assert_eq!(leftovers, Vec::<PathBuf>::new());
+
+    // A segment that counts as archived is changed, then missing: the archive is at fault.
+    let last = cluster.archive_all();
+    let object = site.object(&cluster, &last);
+    let whole = fs::read(&object).unwrap();
+    let mut bad = whole.clone();
+    bad[100] ^= 1;
+    fs::write(&object, bad).unwrap();
+    let quiet = [&arguments[..], &["--no-switch"]].concat();
+    let answer = site.waltide.json_with_status(3, quiet.clone());
+    assert!(result(&answer, "round trip").1.contains("is damaged"), "{answer}");
+    fs::remove_file(&object).unwrap();
+    let answer = site.waltide.json_with_status(3, quiet.clone());
+    assert!(
+        result(&answer, "round trip").1.contains("counts as archived and is not in the archive"),
+        "{answer}"
+    );
+
+    // The command fails, ships elsewhere, or archiving is off.
+    cluster.set("archive_command", "/bin/false");
+    cluster.set("full_page_writes", "off");
+    cluster.reload();
+    let answer = site
+        .waltide
+        .json_with_status(1, ["doctor", "--data-dir", &data_dir, "--connection", &connection, "--wait", "2"]);
+    assert_eq!(result(&answer, "full_page_writes").0, "failed");
+    assert_eq!(result(&answer, "archive_command").0, "warning");
+    assert!(result(&answer, "round trip").1.contains("is not in the archive after 2 s"), "{answer}");
+    cluster.set("archive_command", &site.waltide.clone().archive("/elsewhere").archive_command());
+    cluster.reload();
+    let answer = site
+        .waltide
+        .json_with_status(1, ["doctor", "--data-dir", &data_dir, "--connection", &connection, "--wait", "0"]);
+    assert!(
+        result(&answer, "archive_command").1.contains("it ships to another archive than file://"),
+        "{answer}"
+    );
+    cluster.stop(StopMode::Fast);
+    let answer = site.waltide.json_with_status(1, ["doctor", "--data-dir", &data_dir]);
+    assert_eq!(result(&answer, "server").0, "failed");
+    assert_eq!(result(&answer, "round trip").0, "skipped");
 }
