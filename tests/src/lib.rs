@@ -9,6 +9,7 @@ pub mod oracle;
 mod postgres;
 mod process;
 mod scratch;
+pub mod stored;
 mod waltide;
 pub mod workload;
 
