@@ -297,20 +297,9 @@ fn sort_out<T>(result: Result<T, StorageError>) -> Read<T> {
     match result {
         Ok(value) => Ok(Some(Ok(value))),
         Err(e) if e.is_not_found() => Ok(None),
-        Err(e @ (StorageError::TooLarge { .. } | StorageError::OutOfRange { .. })) => {
-            Ok(Some(Err(e.to_string())))
-        }
-        // The medium under one object is bad; the others are still wanted.
-        Err(StorageError::Unreachable { source, .. }) if is_medium_error(source.as_ref()) => {
-            Ok(Some(Err(format!("it cannot be read: {source}"))))
-        }
+        Err(e) if e.is_bad_object() => Ok(Some(Err(e.to_string()))),
         Err(e) => Err(e),
     }
-}
-
-fn is_medium_error(source: &(dyn std::error::Error + 'static)) -> bool {
-    let os = source.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-    os == Some(rustix::io::Errno::IO.raw_os_error())
 }
 
 fn is_segment(names: &SystemLayout, path: &str) -> bool {

@@ -441,7 +441,11 @@ impl Parts<'_> {
                 BackupObject::Keep => ObjectRole::Keep,
             };
             let gone = match part {
-                BackupObject::Started if has_manifest(id) => self.is_old(stored),
+                // A backup looks at its announcement once more behind its manifest.
+                BackupObject::Started if has_manifest(id) => {
+                    let of = self.inventory.backups.iter().filter(|(other, _, _)| other == id);
+                    of.map(|(_, _, stored)| stored).all(|stored| self.is_old(stored))
+                }
                 BackupObject::Started => !self.live.contains_key(id),
                 _ => !has_manifest(id) && self.is_old(stored),
             };

@@ -152,15 +152,7 @@ impl Context {
     pub(crate) async fn catalog(&self, archive: &Archive, layout: &Layout) -> Result<Catalog, Failure> {
         let cache = self.cache(archive);
         let loaded = catalog::load(archive, layout, self.system, cache.as_ref(), self.threads).await;
-        loaded.map_err(|e| {
-            let status = if e.is_damage() { 3 } else { 1 };
-            let hint = match e {
-                CatalogError::NoCluster { .. } => "name it with --cluster, or make it with `waltide init`",
-                CatalogError::Damaged { .. } => "it is small and never changes: put a copy of it back",
-                _ => return Failure::from(e),
-            };
-            Failure::from(e).status(status).hint(hint)
-        })
+        loaded.map_err(catalog_failure)
     }
 
     /// The catalogue cache, unless it is turned off.
@@ -185,6 +177,17 @@ impl Context {
             false => Arc::new(NoProgress),
         }
     }
+}
+
+/// Why there is no catalogue, and what to do about it.
+pub(crate) fn catalog_failure(e: CatalogError) -> Failure {
+    let status = if e.is_damage() { 3 } else { 1 };
+    let hint = match e {
+        CatalogError::NoCluster { .. } => "name it with --cluster, or make it with `waltide init`",
+        CatalogError::Damaged { .. } => "it is small and never changes: put a copy of it back",
+        _ => return Failure::from(e),
+    };
+    Failure::from(e).status(status).hint(hint)
 }
 
 /// The backup that `text` names: an id, the beginning of one, or `latest`.

@@ -12,6 +12,7 @@ mod resolve;
 mod target;
 #[cfg(test)]
 mod testing;
+mod verify;
 
 pub use plan::{
     Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,
@@ -19,3 +20,4 @@ pub use plan::{
 };
 pub use resolve::{Events, LastCommit, Source, Stop, StopKind};
 pub use target::{Goal, GoalError, Target, TargetAction, TargetTimeline};
+pub use verify::{Fault, FaultKind, Verification, Verify};

@@ -99,6 +99,20 @@ impl StorageError {
         matches!(self, Self::NotFound { .. })
     }
 
+    /// Whether one object is at fault, rather than the way to the archive: it is not of the size it must be, or the
+    /// medium under it cannot be read. Others may still be read.
+    pub fn is_bad_object(&self) -> bool {
+        let medium = |source: &Cause| {
+            let os = source.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+            os == Some(rustix::io::Errno::IO.raw_os_error())
+        };
+        match self {
+            Self::TooLarge { .. } | Self::OutOfRange { .. } => true,
+            Self::Unreachable { source, .. } => medium(source),
+            _ => false,
+        }
+    }
+
     pub(crate) fn io(path: &str, e: io::Error) -> Self {
         let path = path.to_owned();
         match e.kind() {

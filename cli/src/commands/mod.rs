@@ -12,6 +12,7 @@ mod man;
 mod prune;
 mod push;
 mod status;
+mod verify;
 mod watch;
 
 use clap::Subcommand;
@@ -31,6 +32,7 @@ pub(crate) enum Command {
     List(list::Args),
     Info(info::Args),
     Status(status::Args),
+    Verify(verify::Args),
     Prune(prune::Args),
     Keep(keep::Args),
     Completions(completions::Args),
@@ -49,6 +51,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,
         Command::Status(args) => status::run(&args, context).await,
+        Command::Verify(args) => verify::run(&args, context).await,
         Command::Prune(args) => prune::run(&args, context).await,
         Command::Keep(args) => keep::run(&args, context).await,
         Command::Completions(args) => completions::run(&args),

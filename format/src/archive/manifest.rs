@@ -261,6 +261,34 @@ pub struct PruneMark {
     pub backups: Vec<BackupId>,
 }
 
+/// `ledger/<id>`: what a run of `verify` checked, and how.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LedgerRecord {
+    /// Its name.
+    pub id: String,
+    /// When it started.
+    pub started: TimestampTz,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether only names, lengths, directories and gaps were looked at.
+    pub quick: bool,
+    /// What was checked to its end.
+    pub units: Vec<LedgerUnit>,
+}
+
+/// A part of an archive that is verified as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerUnit {
+    /// `backup/<id>`, `wal/<first segment of a span>` or `rest`.
+    pub name: String,
+    /// Objects read.
+    pub objects: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Faults found.
+    pub faults: u64,
+}
+
 /// What a drill restored, checked and measured. A drill that failed is recorded too, with as much as it found out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrillRecord {

@@ -22,8 +22,8 @@ pub use index::{
 pub use layout::{Layout, SystemLayout, WalObject};
 pub use manifest::{
     BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
-    DrillRecord, DrillSetting, DrillVerdict, Manifest, ManifestDirectory, ManifestFile, ManifestStats,
-    PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+    DrillRecord, DrillSetting, DrillVerdict, LedgerRecord, LedgerUnit, Manifest, ManifestDirectory,
+    ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, encode_segment, pack_segment, wal_digest,

@@ -60,6 +60,14 @@ pub enum PublishError {
         /// What is wrong with it.
         source: Corrupt,
     },
+    /// A prune took the backup for dead.
+    #[error(
+        "a prune took backup {id} for given up and removed its announcement\nhint: prune with a longer --give-up-hours, and take the backup again."
+    )]
+    GivenUp {
+        /// The backup.
+        id: BackupId,
+    },
     /// A segment that the backup needs has not come.
     #[error("the backup needs segment {segment}, which has not reached the archive in {seconds} s; {hint}")]
     WalMissing {
@@ -192,10 +200,17 @@ impl Destination {
         Ok(bytes)
     }
 
-    /// Makes the backup seen. What announced it goes; if that fails, readers know better.
+    /// Makes the backup seen. What announced it goes; if that fails, readers know better. A prune that took this
+    /// backup for given up removes the announcement first and looks for the manifest afterwards, so an announcement
+    /// that is gone says that the backup's data may go too.
     pub(super) async fn publish(&self, manifest: &Manifest) -> Result<(), PublishError> {
         let object = Bytes::from(manifest.encode());
-        put_own(&self.archive, &self.system.manifest(&manifest.id), object).await?;
+        let path = self.system.manifest(&manifest.id);
+        put_own(&self.archive, &path, object).await?;
+        if self.archive.head(&self.system.started(&manifest.id)).await?.is_none() {
+            self.archive.delete(&path).await?;
+            return Err(PublishError::GivenUp { id: manifest.id.clone() });
+        }
         if let Err(e) = self.archive.delete(&self.system.started(&manifest.id)).await {
             tracing::warn!("the backup is complete, but its announcement stays: {e}");
         }

@@ -1,0 +1,84 @@
+//! `waltide verify`: is the archive whole.
+
+use std::time::Duration;
+
+use waltide_archiver::catalog;
+use waltide_format::TimestampTz;
+use waltide_replay::{FaultKind, Verification, Verify};
+
+use crate::context::{Context, catalog_failure, find_backup};
+use crate::exit::Failure;
+use crate::output;
+
+/// Read every object, check every checksum, every record and every gap
+///
+/// Without BACKUP the whole archive is verified: what never was comes first, then what was not for the longest time; the
+/// ledger in the archive says. Ends with 3 on any fault.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only this backup and the WAL it needs: its name or the beginning of it, or `latest`
+    #[arg(value_name = "BACKUP")]
+    backup: Option<String>,
+    /// Look at names, lengths, directories and gaps only
+    #[arg(long)]
+    quick: bool,
+    /// Begin nothing new after so many minutes; the next run goes on with the rest
+    #[arg(long, value_name = "N")]
+    max_minutes: Option<u64>,
+}
+
+pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
+    let (archive, layout) = (context.archive().await?, context.layout()?);
+    // What the cache says was true once; this is about what is true now.
+    let loaded = catalog::load(&archive, &layout, context.system, None, context.threads).await;
+    let catalog = loaded.map_err(catalog_failure)?;
+    let backup = args.backup.as_deref().map(|text| find_backup(&catalog, text)).transpose()?;
+    let progress = context.progress();
+    let verify = Verify {
+        archive: &archive,
+        layout: &layout,
+        catalog: &catalog,
+        backup,
+        quick: args.quick,
+        time_allowed: args.max_minutes.map(|n| Duration::from_secs(n.saturating_mul(60))),
+        threads: context.threads,
+        progress: progress.as_ref(),
+    };
+    let found = verify.run(TimestampTz::from_jiff(jiff::Timestamp::now())).await?;
+    drop(progress);
+    output::answer(context, &found, || text(&found))?;
+    if found.faults.is_empty() { Ok(()) } else { Err(Failure::silent(3)) }
+}
+
+fn text(v: &Verification) -> String {
+    let what = match (&v.backup, v.quick) {
+        (Some(id), false) => format!("backup {id}"),
+        (Some(id), true) => format!("backup {id}, quickly"),
+        (None, false) => "the archive".to_owned(),
+        (None, true) => "the archive, quickly".to_owned(),
+    };
+    let read =
+        format!("{} objects, {}, in {}", v.objects, output::bytes(v.bytes), output::duration(v.seconds));
+    let mut facts = vec![
+        ("verified", what),
+        ("read", read),
+        ("WAL", format!("{} segments, {} records", v.segments, v.records)),
+        ("backups", format!("{}, {} frames of their data", v.backups, v.frames)),
+    ];
+    if !v.complete {
+        facts
+            .push(("incomplete", "the time allowed was over; the next run goes on with the rest".to_owned()));
+    }
+    facts.extend(v.notes.iter().map(|n| ("note", n.clone())));
+    for fault in &v.faults {
+        let kind = match fault.kind {
+            FaultKind::Missing => "MISSING",
+            FaultKind::Damaged => "DAMAGED",
+            FaultKind::Gap => "GAP",
+        };
+        facts.push((kind, format!("{}: {}", fault.object, fault.text)));
+    }
+    let faults = if v.faults.is_empty() { "none".to_owned() } else { v.faults.len().to_string() };
+    facts.push(("faults", faults));
+    output::facts(&facts)
+}
