@@ -11,10 +11,10 @@ use waltide_format::engines::postgres::scan::{
 use waltide_format::engines::postgres::wal::{
     Compression, Expected, Next, RecordStream, SegmentSpan, rmgr_name,
 };
-use waltide_format::{BLOCK_BYTES, SegmentName, SegmentSize, SystemId};
-use waltide_tests::oracle::{BlockRef, ControlData, PageImage, WalRecord, Waldump, waldump_stats};
+use waltide_format::{BLOCK_BYTES, SegmentName, SegmentSize, SystemId, TimelineId};
+use waltide_tests::oracle::{BlockRef, ControlData, PageImage, WalRecord, Waldump, parse_lsn, waldump_stats};
 use waltide_tests::workload::{EVERY_RMGR_SETTINGS, RMGRS, every_rmgr};
-use waltide_tests::{Cluster, StopMode};
+use waltide_tests::{Cluster, Scratch, StopMode};
 
 /// A stopped cluster's segments that hold WAL, with their bytes, in order.
 struct Log {
@@ -329,18 +329,39 @@ fn pgbench_in_segments_of_16_mib_is_read_as_pg_waldump_reads_it() {
 }
 
 #[test]
-fn segments_written_across_crashes_are_whole() {
-    let mut cluster = Cluster::builder("crashes").setting("wal_keep_size", "10GB").start();
+fn records_that_a_crash_aborted_are_read_as_pg_waldump_reads_them() {
+    let scratch = Scratch::new("crashes");
+    // The log is written out in the middle of records, as it is under load.
+    let mut cluster = Cluster::builder("db")
+        .scratch(&scratch)
+        .setting("wal_keep_size", "10GB")
+        .setting("synchronous_commit", "off")
+        .setting("wal_writer_delay", "1ms")
+        .setting("wal_writer_flush_after", "0")
+        .start();
     cluster.pgbench_init(1);
-    for _ in 0..5 {
-        let load = cluster.pgbench_background(&["-T", "600", "-c", "4"]);
+    let long = "select pg_logical_emit_message(false, 'x', repeat('x', 20000 + (random() * 60000)::int));";
+    let script = scratch.file("long.sql", long);
+    let wal = cluster.data_dir().join("pg_wal");
+    for _ in 0..20 {
+        let load =
+            cluster.pgbench_background(&["-T", "600", "-c", "2", "-n", "-f", &script.display().to_string()]);
         let lsn = cluster.query("select pg_current_wal_lsn()");
         cluster.wait_until(&format!("select pg_current_wal_lsn() - '{lsn}' > 1500000"));
         cluster.kill9();
         drop(load);
         cluster.start();
+        let (first, last) = (parse_lsn(&lsn).unwrap(), cluster.wal_segments().pop().unwrap());
+        let first =
+            SegmentName::containing(TimelineId::FIRST, first.into(), SegmentSize::new(1 << 20).unwrap());
+        let (records, _) = Waldump::segments(&wal, &first.to_string(), Some(&last)).finish();
+        if records.iter().any(|record| record.kind() == "OVERWRITE_CONTRECORD") {
+            break;
+        }
     }
-    check(cluster);
+    cluster.pgbench(&["-t", "500", "-c", "2"]).assert_ok();
+    let records = check(cluster);
+    assert!(records.iter().any(|record| record.kind() == "OVERWRITE_CONTRECORD"));
 }
 
 #[test]
