@@ -1,0 +1,610 @@
+//! Carries a plan out: files out of packs, recovery's settings, and pg_control last, without which no server
+//! starts on what an interrupted restore left.
+
+mod conf;
+mod pieces;
+mod place;
+mod write;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::Serialize;
+use waltide_format::archive::{ExtentMap, Manifest, SystemLayout};
+use waltide_format::{BackupId, Corrupt, WalFileName};
+use waltide_storage::{Archive, Progress, StorageError};
+
+use super::fetch::{FetchError, FetchRequest, Fetcher};
+use super::queue::ReadAhead;
+use crate::plan::Plan;
+use pieces::Piece;
+
+pub use conf::restore_command;
+pub use place::{Deletion, Owner, PlaceError, Placed};
+
+/// No manifest and no map comes near this.
+const OBJECT_BYTES_MAX: u64 = 1 << 30;
+/// Read, and written, when all else is there.
+const CONTROL_FILE: &str = "global/pg_control";
+/// Says in a data directory that a restore into it has not come to its end.
+pub(super) const MARKER: &str = "waltide.restoring";
+
+/// How to carry a plan out.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// Where the cluster goes.
+    pub data_dir: PathBuf,
+    /// Where tablespaces go: old path or OID, new path.
+    pub tablespace_map: Vec<(String, PathBuf)>,
+    /// Whether what is there may be deleted.
+    pub allow_clear: bool,
+    /// Whether what is there already is kept where it is the same.
+    pub delta: bool,
+    /// Whether the cluster becomes a standby.
+    pub standby: bool,
+    /// Whether the cluster archives nothing.
+    pub archive_off: bool,
+    /// Whose the files are to be.
+    pub owner: Option<Owner>,
+    /// `restore_command`.
+    pub restore_command: String,
+    /// Settings that stand behind all others.
+    pub settings: Vec<(String, String)>,
+    /// How many threads to work with.
+    pub threads: usize,
+}
+
+/// Why a restore was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The place will not do.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The archive failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// An object of the backup is damaged.
+    #[error(
+        "{path} is damaged, backup {backup} cannot be restored\nhint: run `waltide verify`; restore from another backup with --backup"
+    )]
+    Damaged {
+        /// The object.
+        path: String,
+        /// The backup.
+        backup: BackupId,
+        /// What is wrong with it.
+        source: Corrupt,
+    },
+    /// The manifest is another backup's.
+    #[error("{path} says that it is backup {found}\nhint: run `waltide verify`")]
+    Foreign {
+        /// The object.
+        path: String,
+        /// What it says.
+        found: BackupId,
+    },
+    /// The backup lacks what every cluster has.
+    #[error("backup {backup} has no {what}: it is no cluster's backup")]
+    Incomplete {
+        /// The backup.
+        backup: BackupId,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// A segment that recovery needs could not be put ready.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// A file could not be written.
+    #[error("cannot {doing} {}", path.display())]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+impl RestoreError {
+    /// Whether the archive is at fault.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::Foreign { .. } | Self::Incomplete { .. } => true,
+            Self::Storage(e) => e.is_not_found() || matches!(e, StorageError::OutOfRange { .. }),
+            Self::Fetch(e) => matches!(
+                e,
+                FetchError::NotThere { .. }
+                    | FetchError::Damaged { .. }
+                    | FetchError::Wal { .. }
+                    | FetchError::Foreign { .. }
+            ),
+            Self::Place(_) | Self::Io { .. } => false,
+        }
+    }
+}
+
+fn io_error<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> RestoreError + 'a {
+    move |source| RestoreError::Io { doing, path: path.to_owned(), source }
+}
+
+/// What a restore will delete and write.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Actions {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// Tablespaces and where they go.
+    pub tablespaces: Vec<Placed>,
+    /// What is deleted; of a delta only what does not belong.
+    pub deletions: Vec<Deletion>,
+    /// Whether files that are the same stay.
+    pub delta: bool,
+    /// How many files are written.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The server's settings, as they stand in postgresql.auto.conf.
+    pub settings: Vec<(String, String)>,
+    /// `recovery.signal` or `standby.signal`.
+    pub signal: &'static str,
+    /// Whose the files will be, where not ours.
+    pub owner: Option<Owner>,
+    /// What the operator should know.
+    pub notes: Vec<String>,
+}
+
+impl fmt::Display for Actions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for d in &self.deletions {
+            writeln!(f, "delete    {} ({} files, {} bytes)", d.path.display(), d.files, d.bytes)?;
+        }
+        let how = if self.delta { "rewrite what differs of" } else { "write" };
+        writeln!(f, "{how:9} {} ({} files, {} bytes)", self.data_dir.display(), self.files, self.bytes)?;
+        for t in &self.tablespaces {
+            let moved =
+                if Path::new(&t.from) == t.to { String::new() } else { format!(", which lay at {}", t.from) };
+            writeln!(f, "write     {} (tablespace {}{moved})", t.to.display(), t.oid)?;
+        }
+        writeln!(f, "write     {}", self.data_dir.join(self.signal).display())?;
+        writeln!(f, "write     {}:", self.data_dir.join("postgresql.auto.conf").display())?;
+        for (name, value) in &self.settings {
+            writeln!(f, "            {name} = {}", conf::quoted(value))?;
+        }
+        for note in &self.notes {
+            writeln!(f, "note      {note}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What was done.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Restored {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// Files of the backup.
+    pub files: u64,
+    /// Bytes of the cluster.
+    pub bytes: u64,
+    /// Bytes that were written.
+    pub written_bytes: u64,
+    /// Bytes read from the archive.
+    pub read_bytes: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+}
+
+/// A restore that was looked into and can be carried out.
+#[derive(Debug)]
+pub struct Restore {
+    archive: Archive,
+    layout: SystemLayout,
+    fetcher: Fetcher,
+    plan: Plan,
+    manifest: Manifest,
+    maps: Vec<ExtentMap>,
+    options: RestoreOptions,
+    actions: Actions,
+    config_files: Vec<(&'static str, String, u32)>,
+}
+
+impl Restore {
+    /// Looks into everything that could stand in the way; changes nothing.
+    pub async fn prepare(
+        archive: &Archive,
+        layout: &waltide_format::archive::Layout,
+        plan: &Plan,
+        mut options: RestoreOptions,
+    ) -> Result<Self, RestoreError> {
+        let system = layout.system(plan.system_id);
+        let manifest = read_manifest(archive, &system, &plan.backup).await?;
+        let maps = read_maps(archive, &system, &manifest).await?;
+        options.data_dir =
+            std::path::absolute(&options.data_dir).map_err(io_error("find", &options.data_dir))?;
+        let mut notes = Vec::new();
+        let has = |name: &str| manifest.files.iter().any(|f| f.path == name);
+        for what in [CONTROL_FILE, "PG_VERSION"] {
+            if !has(what) {
+                return Err(RestoreError::Incomplete { backup: plan.backup.clone(), what });
+            }
+        }
+        let mut config_files = Vec::new();
+        if !has("postgresql.conf") {
+            config_files = conf::brought_home(&manifest.config_files, &mut notes);
+            config_files.retain(|(name, ..)| !has(name));
+            match config_files.iter().any(|(name, ..)| *name == "postgresql.conf") {
+                true => notes.push(
+                    "the configuration lay outside the data directory: a copy of it is put into the data directory"
+                        .to_owned(),
+                ),
+                false => notes.push(
+                    "the backup has no postgresql.conf: start the server with -c config_file=…".to_owned(),
+                ),
+            }
+        }
+        let (manifest, maps, options, actions) =
+            blocking(|| actions(plan, &manifest, &mut options, notes).map(|a| (manifest, maps, options, a)))?;
+        Ok(Self {
+            archive: archive.clone(),
+            layout: system,
+            fetcher: Fetcher::new(archive.clone(), layout.clone()),
+            plan: plan.clone(),
+            manifest,
+            maps,
+            options,
+            actions,
+            config_files,
+        })
+    }
+
+    /// What it will delete and write.
+    pub const fn actions(&self) -> &Actions {
+        &self.actions
+    }
+
+    /// The backup it restores.
+    pub const fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Does it. What is there when this fails is no cluster that a server would start on, and the next restore may
+    /// replace it.
+    pub async fn carry_out(&self, progress: &Arc<dyn Progress>) -> Result<Restored, RestoreError> {
+        let started = Instant::now();
+        let place = write::Place::new(&self.options.data_dir, &self.actions);
+        let pieces = self.pieces()?;
+        progress.phase("prepare", None);
+        let pieces = blocking(|| {
+            place.clear(&self.actions)?;
+            place.make(&self.manifest, &self.actions.tablespaces)?;
+            self.without_what_is_there(&place, pieces, progress.as_ref())
+        })?;
+        let total: u64 =
+            pieces.iter().filter(|p| !p.is_zeros()).fold(0, |sum, p| sum.saturating_add(p.bytes()));
+        progress.phase("restore", Some(total));
+        let (control, rest): (Vec<_>, Vec<_>) = pieces
+            .into_iter()
+            .partition(|p| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE));
+        let read_bytes = self.write_pieces(&place, rest, progress).await?;
+        let last = self.plan.segments.iter().filter(|s| s.partial);
+        for segment in last {
+            // PostgreSQL asks for no .partial, so it has to lie in pg_wal under the segment's name.
+            let request = FetchRequest {
+                name: WalFileName::Partial(segment.name),
+                dest: PathBuf::from("pg_wal").join(segment.name.to_string()),
+                data_dir: self.options.data_dir.clone(),
+                system_id: Some(self.plan.system_id),
+                ahead: ReadAhead { segments: 0, bytes: 0 },
+            };
+            self.fetcher.fetch(&request).await?;
+            place.own(&self.options.data_dir.join(&request.dest))?;
+        }
+        blocking(|| self.write_settings(&place))?;
+        let control = self.control_file(control).await?;
+        progress.phase("sync", None);
+        blocking(|| place.finish(&self.manifest, CONTROL_FILE, &control))?;
+        Ok(Restored {
+            data_dir: self.options.data_dir.clone(),
+            files: self.manifest.files.len() as u64,
+            bytes: self.actions.bytes,
+            written_bytes: total,
+            read_bytes,
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn pieces(&self) -> Result<Vec<Piece>, RestoreError> {
+        let flat = self.manifest.files.iter().enumerate().map(|(i, f)| pieces::flatten(i, f, &self.maps));
+        let flat = flat.collect::<Result<Vec<_>, _>>().map_err(|source| self.damaged(None, source))?;
+        Ok(flat.into_iter().flatten().collect())
+    }
+
+    fn damaged(&self, path: Option<&str>, source: Corrupt) -> RestoreError {
+        let path = path.map_or_else(|| self.layout.manifest(&self.plan.backup), str::to_owned);
+        RestoreError::Damaged { path, backup: self.plan.backup.clone(), source }
+    }
+
+    /// Leaves out, in a delta, what the files have already, and puts zeros where they belong.
+    fn without_what_is_there(
+        &self,
+        place: &write::Place,
+        pieces: Vec<Piece>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Piece>, RestoreError> {
+        if !self.actions.delta {
+            return Ok(pieces);
+        }
+        progress.phase("compare", Some(self.actions.bytes));
+        let mut by_file: Vec<Vec<Piece>> = vec![Vec::new(); self.manifest.files.len()];
+        for piece in pieces {
+            if let Some(list) = by_file.get_mut(piece.file) {
+                list.push(piece);
+            }
+        }
+        let files: Vec<_> = self.manifest.files.iter().zip(by_file).collect();
+        let share = files.len().div_ceil(self.options.threads.max(1)).max(1);
+        let results: Vec<Result<Vec<Piece>, RestoreError>> = std::thread::scope(|scope| {
+            let compare = |part: &[(&waltide_format::archive::ManifestFile, Vec<Piece>)]| {
+                let mut left = Vec::new();
+                for (file, pieces) in part {
+                    if file.path == CONTROL_FILE {
+                        left.extend(pieces.iter().copied());
+                    } else {
+                        left.extend(place.differing(&file.path, file.bytes, pieces)?);
+                    }
+                    progress.advance(file.bytes);
+                }
+                Ok(left)
+            };
+            let handles: Vec<_> =
+                files.chunks(share).map(|part| scope.spawn(move || compare(part))).collect();
+            handles.into_iter().map(|h| h.join().expect("comparing files does not panic")).collect()
+        });
+        let left = results.into_iter().collect::<Result<Vec<_>, _>>()?;
+        Ok(left.into_iter().flatten().collect())
+    }
+
+    /// Reads each stretch of a pack once and writes its parts; the bytes read.
+    async fn write_pieces(
+        &self,
+        place: &write::Place,
+        pieces: Vec<Piece>,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<u64, RestoreError> {
+        let jobs = pieces::jobs(pieces, &self.maps).map_err(|source| self.damaged(None, source))?;
+        let work = |job: pieces::Job| {
+            let (place, progress) = (place.clone(), Arc::clone(progress));
+            let paths: Vec<_> = job
+                .pieces
+                .iter()
+                .map(|p| self.manifest.files.get(p.file).map(|f| f.path.clone()).unwrap_or_default())
+                .collect();
+            async move {
+                let path = self.layout.pack(&job.pack);
+                let stored = self.archive.get_range(&path, job.range.clone()).await?;
+                let read = stored.len() as u64;
+                let written = tokio::task::spawn_blocking(move || {
+                    place.write(&stored, &job, &paths, progress.as_ref())
+                });
+                match written.await.expect("writing files does not panic") {
+                    Ok(()) => Ok(read),
+                    Err(write::WriteError::Io(e)) => Err(e),
+                    Err(write::WriteError::Damaged(source)) => Err(self.damaged(Some(&path), source)),
+                }
+            }
+        };
+        let at_once = self.options.threads.saturating_add(1);
+        let done = futures_util::stream::iter(jobs).map(work).buffer_unordered(at_once);
+        done.try_fold(0u64, async |sum, read| Ok(sum.saturating_add(read))).await
+    }
+
+    async fn control_file(&self, pieces: Vec<Piece>) -> Result<Vec<u8>, RestoreError> {
+        let file = self.manifest.files.iter().find(|f| f.path == CONTROL_FILE);
+        let bytes = file.map_or(0, |f| f.bytes).min(1 << 16);
+        let mut contents = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        for job in pieces::jobs(pieces, &self.maps).map_err(|source| self.damaged(None, source))? {
+            let path = self.layout.pack(&job.pack);
+            let stored = self.archive.get_range(&path, job.range.clone()).await?;
+            for piece in &job.pieces {
+                let raw = write::frame(&stored, &job, piece).map_err(|e| self.damaged(Some(&path), e))?;
+                let at = usize::try_from(piece.file_offset()).unwrap_or(usize::MAX);
+                let to = at.saturating_add(raw.len());
+                if let Some(place) = contents.get_mut(at..to) {
+                    place.copy_from_slice(&raw);
+                }
+            }
+        }
+        let decoded = waltide_format::engines::postgres::cluster::ControlFile::decode(&contents);
+        match decoded {
+            Ok(control) if control.system_id == self.plan.system_id => Ok(contents),
+            Ok(control) => {
+                let found = control.system_id.get();
+                let source = Corrupt::mismatch("system_identifier", 0, found, self.plan.system_id.get());
+                Err(self.damaged(None, source))
+            }
+            Err(_) => Err(self.damaged(None, Corrupt::invalid("pg_control", 0, 0))),
+        }
+    }
+
+    fn write_settings(&self, place: &write::Place) -> Result<(), RestoreError> {
+        for (name, text, mode) in &self.config_files {
+            place.put(name, text.as_bytes(), *mode)?;
+        }
+        let auto = place.path("postgresql.auto.conf");
+        let old = match fs::read(&auto) {
+            Ok(old) => String::from_utf8_lossy(&old).into_owned(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(io_error("read", &auto)(e)),
+        };
+        let text = conf::auto_conf(&old, self.options.standby, &self.actions.settings);
+        place.put("postgresql.auto.conf", text.as_bytes(), 0o600)?;
+        place.put("backup_label", self.manifest.backup_label.as_bytes(), 0o600)?;
+        for stale in [
+            "recovery.signal",
+            "standby.signal",
+            "tablespace_map",
+            "postmaster.pid",
+            "postmaster.opts",
+            "recovery.conf",
+        ] {
+            place.remove(stale)?;
+        }
+        place.put(self.actions.signal, b"", 0o600)
+    }
+}
+
+/// Runs blocking work where the runtime allows it.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|h| h.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
+async fn read_manifest(
+    archive: &Archive,
+    layout: &SystemLayout,
+    id: &BackupId,
+) -> Result<Manifest, RestoreError> {
+    let path = layout.manifest(id);
+    let object = archive.get(&path, OBJECT_BYTES_MAX).await?;
+    let manifest = Manifest::decode(&object).map_err(|source| RestoreError::Damaged {
+        path: path.clone(),
+        backup: id.clone(),
+        source,
+    })?;
+    match manifest.id == *id {
+        true => Ok(manifest),
+        false => Err(RestoreError::Foreign { path, found: manifest.id }),
+    }
+}
+
+async fn read_maps(
+    archive: &Archive,
+    layout: &SystemLayout,
+    manifest: &Manifest,
+) -> Result<Vec<ExtentMap>, RestoreError> {
+    let read = |name: &String| {
+        let path = layout.map(name);
+        async move {
+            let object = archive.get(&path, OBJECT_BYTES_MAX).await?;
+            let backup = manifest.id.clone();
+            ExtentMap::decode(&object).map_err(|source| RestoreError::Damaged { path, backup, source })
+        }
+    };
+    futures_util::stream::iter(manifest.maps.iter().map(read)).buffered(4).try_collect().await
+}
+
+/// Checks the place and says what will happen to it.
+fn actions(
+    plan: &Plan,
+    manifest: &Manifest,
+    options: &mut RestoreOptions,
+    mut notes: Vec<String>,
+) -> Result<Actions, RestoreError> {
+    let data_dir = &options.data_dir;
+    if let Some(pid) = place::running_server(data_dir)? {
+        return Err(PlaceError::Running { path: data_dir.clone(), pid }.into());
+    }
+    let tablespaces = place::map_tablespaces(&manifest.tablespaces, &options.tablespace_map, data_dir)?;
+    let owner = place::owner(data_dir, options.owner)?;
+    let unfinished = data_dir.join(MARKER).exists();
+    let delta = options.delta || unfinished;
+    let mut there = place::contents(data_dir)?;
+    // A pg_wal elsewhere stays where it is, empty.
+    let wal = data_dir.join("pg_wal");
+    if let Ok(elsewhere) = fs::read_link(&wal) {
+        there.retain(|d| d.path != wal);
+        there.extend(place::contents(&data_dir.join(elsewhere))?);
+    }
+    // Of a tablespace's place only the directories that the backup fills are ours to clear.
+    let mut spaces = Vec::new();
+    for t in &tablespaces {
+        let link = format!("pg_tblspc/{}", t.oid);
+        let own: BTreeSet<_> = manifest
+            .directories
+            .iter()
+            .filter_map(|d| d.path.strip_prefix(&link)?.strip_prefix('/')?.split('/').next())
+            .collect();
+        let found = place::contents(&t.to)?;
+        let mine =
+            |d: &Deletion| d.path.file_name().and_then(|n| n.to_str()).is_some_and(|n| own.contains(n));
+        if !found.is_empty() && !options.allow_clear && !unfinished {
+            return Err(not_empty(&t.to, &found));
+        }
+        spaces.extend(found.into_iter().filter(mine));
+    }
+    if !there.is_empty() && !options.allow_clear && !unfinished {
+        return Err(not_empty(data_dir, &there));
+    }
+    if unfinished {
+        notes.push(format!(
+            "{} holds a restore that was interrupted; it is taken up again",
+            data_dir.display()
+        ));
+    }
+    for path in std::iter::once(data_dir).chain(tablespaces.iter().map(|t| &t.to)) {
+        place::check_writable(path)?;
+    }
+    there.extend(spaces);
+    let freed = |root: &Path| {
+        there.iter().filter(|d| d.path.starts_with(root)).fold(0u64, |sum, d| sum.saturating_add(d.bytes))
+    };
+    let link = |oid| format!("pg_tblspc/{oid}/");
+    let needed = |wanted: &dyn Fn(&str) -> bool| {
+        let files = manifest.files.iter().filter(|f| wanted(&f.path));
+        files.fold(0u64, |sum, f| sum.saturating_add(f.bytes))
+    };
+    let elsewhere = |path: &str| tablespaces.iter().any(|t| path.starts_with(&link(t.oid)));
+    let mut rooms = vec![(data_dir.clone(), needed(&|p| !elsewhere(p)), freed(data_dir))];
+    for t in &tablespaces {
+        rooms.push((t.to.clone(), needed(&|p| p.starts_with(&link(t.oid))), freed(&t.to)));
+    }
+    place::check_room(&rooms)?;
+
+    let target: Vec<_> = match options.standby {
+        true => vec![("recovery_target_timeline".to_owned(), "latest".to_owned())],
+        false => plan.settings.clone(),
+    };
+    let mut settings = conf::recovery_settings(plan.major, &options.restore_command, &target);
+    if plan.goal.action == crate::TargetAction::Pause {
+        settings.insert(0, ("hot_standby".to_owned(), "on".to_owned()));
+    }
+    if options.archive_off {
+        settings.insert(0, ("archive_mode".to_owned(), "off".to_owned()));
+    }
+    // Targets stay last.
+    for (i, setting) in options.settings.iter().enumerate() {
+        settings.retain(|(name, _)| *name != setting.0);
+        settings.insert(i.min(settings.len()), setting.clone());
+    }
+    let deletions = if delta { place::strangers(manifest, data_dir, &tablespaces)? } else { there };
+    Ok(Actions {
+        data_dir: data_dir.clone(),
+        tablespaces,
+        deletions,
+        delta,
+        files: manifest.files.len() as u64,
+        bytes: needed(&|_| true),
+        settings,
+        signal: if options.standby { "standby.signal" } else { "recovery.signal" },
+        owner,
+        notes,
+    })
+}
+
+fn not_empty(path: &Path, found: &[Deletion]) -> RestoreError {
+    let names = found.iter().filter_map(|d| d.path.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let mut names: Vec<_> = names.take(4).collect();
+    if found.len() > names.len() {
+        names.push("…".to_owned());
+    }
+    PlaceError::NotEmpty { path: path.to_owned(), found: names }.into()
+}

@@ -1,0 +1,276 @@
+//! The only code that changes the place a restore writes to.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use waltide_format::Corrupt;
+use waltide_format::archive::Manifest;
+use waltide_storage::Progress;
+
+use super::pieces::{Job, Piece, zeros};
+use super::place::{Owner, Placed};
+use super::{Actions, CONTROL_FILE, MARKER, RestoreError, io_error};
+
+/// How much of a file is compared or zeroed at once.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Why a part could not be written.
+pub(super) enum WriteError {
+    Io(RestoreError),
+    Damaged(Corrupt),
+}
+
+/// The data directory, and the tablespaces that its links lead to.
+#[derive(Debug, Clone)]
+pub(super) struct Place(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    data_dir: PathBuf,
+    tablespaces: Vec<PathBuf>,
+    owner: Option<Owner>,
+}
+
+/// The bytes of a piece, out of its frame.
+pub(super) fn frame(stored: &[u8], job: &Job, piece: &Piece) -> Result<Vec<u8>, Corrupt> {
+    let wrong = Corrupt::invalid("frame", piece.extent.offset, u64::from(piece.extent.stored_bytes));
+    let from = piece.extent.offset.checked_sub(job.range.start).and_then(|at| usize::try_from(at).ok());
+    let bytes = usize::try_from(piece.extent.stored_bytes).unwrap_or(usize::MAX);
+    let frame = from.and_then(|from| stored.get(from..from.checked_add(bytes)?)).ok_or(wrong)?;
+    let mut raw = piece.extent.decode_frame(frame)?;
+    raw.truncate(usize::try_from(piece.to).unwrap_or(usize::MAX));
+    raw.drain(..usize::try_from(piece.from).unwrap_or(0).min(raw.len()));
+    Ok(raw)
+}
+
+impl Place {
+    pub(super) fn new(data_dir: &Path, actions: &Actions) -> Self {
+        let tablespaces = actions.tablespaces.iter().map(|t| t.to.clone()).collect();
+        Self(Arc::new(Inner { data_dir: data_dir.to_owned(), tablespaces, owner: actions.owner }))
+    }
+
+    pub(super) fn path(&self, relative: &str) -> PathBuf {
+        self.0.data_dir.join(relative)
+    }
+
+    /// Gives a file or directory its owner.
+    pub(super) fn own(&self, path: &Path) -> Result<(), RestoreError> {
+        match self.0.owner {
+            Some(Owner { uid, gid }) => {
+                std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(io_error("give away", path))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Deletes what is to be deleted, pg_control first: from then on no server starts here.
+    pub(super) fn clear(&self, actions: &Actions) -> Result<(), RestoreError> {
+        self.remove(CONTROL_FILE)?;
+        if self.path("global").is_dir() {
+            sync_dir(&self.path("global"))?;
+        }
+        for path in actions.deletions.iter().map(|d| &d.path) {
+            remove_all(path).map_err(io_error("delete", path))?;
+        }
+        Ok(())
+    }
+
+    /// Makes directories, links and files at their lengths, and removes what lies in the way of them.
+    pub(super) fn make(&self, manifest: &Manifest, tablespaces: &[Placed]) -> Result<(), RestoreError> {
+        let group = manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
+        let root_mode = if group { 0o750 } else { 0o700 };
+        self.make_dir(&self.0.data_dir, root_mode)?;
+        self.put(MARKER, manifest.id.as_str().as_bytes(), 0o600)?;
+        for t in tablespaces {
+            self.make_dir(&t.to, root_mode)?;
+        }
+        let link = |oid| format!("pg_tblspc/{oid}");
+        self.make_dir(&self.path("pg_tblspc"), root_mode)?;
+        for t in tablespaces {
+            let at = self.path(&link(t.oid));
+            if fs::read_link(&at).ok().as_deref() != Some(&t.to) {
+                remove_all(&at).map_err(io_error("delete", &at))?;
+                std::os::unix::fs::symlink(&t.to, &at).map_err(io_error("make", &at))?;
+                self.own(&at)?;
+            }
+        }
+        let links: BTreeSet<_> = tablespaces.iter().map(|t| link(t.oid)).collect();
+        for directory in manifest.directories.iter().filter(|d| !links.contains(&d.path)) {
+            self.make_dir(&self.path(&directory.path), directory.mode & 0o777)?;
+        }
+        for directory in ["global", "pg_wal", "pg_wal/archive_status"] {
+            self.make_dir(&self.path(directory), root_mode)?;
+        }
+        for file in manifest.files.iter().filter(|f| f.path != CONTROL_FILE) {
+            let path = self.path(&file.path);
+            if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_file()) {
+                remove_all(&path).map_err(io_error("delete", &path))?;
+            }
+            let mut options = fs::OpenOptions::new();
+            let made = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let made = made.map_err(io_error("make", &path))?;
+            made.set_len(file.bytes).map_err(io_error("make", &path))?;
+            let mode = fs::Permissions::from_mode(file.mode & 0o777);
+            made.set_permissions(mode).map_err(io_error("make", &path))?;
+            self.own(&path)?;
+        }
+        Ok(())
+    }
+
+    fn make_dir(&self, path: &Path, mode: u32) -> Result<(), RestoreError> {
+        if fs::symlink_metadata(path).is_ok() && !path.is_dir() {
+            remove_all(path).map_err(io_error("delete", path))?;
+        }
+        let mut missing: Vec<_> = path.ancestors().take_while(|p| !p.is_dir()).collect();
+        while let Some(dir) = missing.pop() {
+            fs::DirBuilder::new().mode(0o700).create(dir).map_err(io_error("make", dir))?;
+            self.own(dir)?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(io_error("make", path))?;
+        self.own(path)
+    }
+
+    /// The pieces of a file whose bytes differ from what the file has, once its zeros are zeros.
+    pub(super) fn differing(
+        &self,
+        relative: &str,
+        bytes: u64,
+        pieces: &[Piece],
+    ) -> Result<Vec<Piece>, RestoreError> {
+        let path = self.path(relative);
+        let open = fs::OpenOptions::new().read(true).write(true).open(&path);
+        let file = open.map_err(io_error("open", &path))?;
+        for range in zeros(pieces, bytes) {
+            zero(&file, range).map_err(io_error("write", &path))?;
+        }
+        let mut left = Vec::new();
+        let mut buffer = Vec::new();
+        for piece in pieces.iter().filter(|p| !p.is_zeros()) {
+            buffer.resize(usize::try_from(piece.bytes()).unwrap_or(0), 0);
+            let same = piece.is_whole() && {
+                file.read_exact_at(&mut buffer, piece.file_offset()).map_err(io_error("read", &path))?;
+                crc32fast::hash(&buffer) == piece.extent.crc
+            };
+            if !same {
+                left.push(*piece);
+            }
+        }
+        Ok(left)
+    }
+
+    /// Writes the pieces of a stretch; `paths` are their files.
+    pub(super) fn write(
+        &self,
+        stored: &[u8],
+        job: &Job,
+        paths: &[String],
+        progress: &dyn Progress,
+    ) -> Result<(), WriteError> {
+        let mut open: Option<(usize, File)> = None;
+        for (piece, relative) in job.pieces.iter().zip(paths) {
+            let raw = frame(stored, job, piece).map_err(WriteError::Damaged)?;
+            let path = self.path(relative);
+            let failed = |e| WriteError::Io(io_error("write", &path)(e));
+            let file = match open.take() {
+                Some((number, file)) if number == piece.file => file,
+                _ => fs::OpenOptions::new().write(true).open(&path).map_err(failed)?,
+            };
+            file.write_all_at(&raw, piece.file_offset()).map_err(failed)?;
+            open = Some((piece.file, file));
+            progress.advance(piece.bytes());
+        }
+        Ok(())
+    }
+
+    /// Puts a small file, whatever was there.
+    pub(super) fn put(&self, relative: &str, contents: &[u8], mode: u32) -> Result<(), RestoreError> {
+        let path = self.path(relative);
+        let unfinished = self.path(&format!("{relative}.waltide"));
+        let put = || {
+            let mut options = fs::OpenOptions::new();
+            let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+            file.write_all(contents)?;
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file.sync_all()
+        };
+        put().map_err(io_error("write", &path))?;
+        self.own(&unfinished)?;
+        fs::rename(&unfinished, &path).map_err(io_error("write", &path))
+    }
+
+    pub(super) fn remove(&self, relative: &str) -> Result<(), RestoreError> {
+        let path = self.path(relative);
+        match fs::remove_file(&path) {
+            Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Err(io_error("delete", &path)(e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes everything durable, and only then puts pg_control down.
+    pub(super) fn finish(
+        &self,
+        manifest: &Manifest,
+        control_path: &str,
+        control: &[u8],
+    ) -> Result<(), RestoreError> {
+        let roots = std::iter::once(&self.0.data_dir).chain(&self.0.tablespaces);
+        for root in roots {
+            sync_file_system(root).map_err(io_error("sync", root))?;
+        }
+        let wal = self.path("pg_wal");
+        sync_file_system(&wal).map_err(io_error("sync", &wal))?;
+        let mode = manifest.files.iter().find(|f| f.path == control_path).map_or(0o600, |f| f.mode & 0o777);
+        self.put(control_path, control, mode)?;
+        sync_dir(&self.path("global"))?;
+        self.remove(MARKER)?;
+        sync_dir(&self.0.data_dir)?;
+        match self.0.data_dir.parent() {
+            Some(parent) => sync_dir(parent),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes zeros where there is anything else.
+fn zero(file: &File, range: Range<u64>) -> io::Result<()> {
+    let mut at = range.start;
+    let mut buffer = Vec::new();
+    while at < range.end {
+        let bytes = range.end.saturating_sub(at).min(CHUNK_BYTES);
+        buffer.resize(usize::try_from(bytes).unwrap_or(0), 0);
+        file.read_exact_at(&mut buffer, at)?;
+        if buffer.iter().any(|b| *b != 0) {
+            buffer.fill(0);
+            file.write_all_at(&buffer, at)?;
+        }
+        at = at.saturating_add(bytes);
+    }
+    Ok(())
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+        Ok(about) if about.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+    }
+}
+
+fn sync_dir(path: &Path) -> Result<(), RestoreError> {
+    File::open(path).and_then(|d| d.sync_all()).map_err(io_error("sync", path))
+}
+
+/// Everything written to the file system that holds `path`: one call where a call per file would take minutes.
+fn sync_file_system(path: &Path) -> io::Result<()> {
+    let dir = File::open(path)?;
+    rustix::fs::syncfs(&dir)?;
+    dir.sync_all()
+}
