@@ -174,6 +174,7 @@ mod tests {
         assert_eq!(verb(&["waltide", "--archive", "fetch", "push", "x"]), Verb::Other);
         assert_eq!(verb(&["waltide", "--archive", "/a", "-v", "--bogus", "fetch"]), Verb::Fetch);
         assert_eq!(verb(&["waltide", "restore", "fetch"]), Verb::Other);
+        assert_eq!(verb(&["waltide", "--system", "7", "--cache", "", "fetch"]), Verb::Fetch);
         assert_eq!(verb(&["waltide"]), Verb::Other);
     }
 }

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use clap::ArgAction;
-use waltide_format::{SegmentName, SegmentSize, SystemId, WalFileName};
+use waltide_format::{SegmentName, SegmentSize, WalFileName};
 use waltide_replay::engines::postgres::{FetchError, FetchOutcome, FetchRequest, Fetcher, ReadAhead, Wanted};
 
 use crate::context::Context;
@@ -19,9 +19,6 @@ pub(crate) struct Args {
     name: WalFileName,
     /// Where it belongs: %p
     dest: PathBuf,
-    /// The system identifier, where the working directory is no data directory
-    #[arg(long, value_name = "ID")]
-    system_id: Option<SystemId>,
     /// How many segments to bring ahead; 0 brings none
     #[arg(long, value_name = "N", default_value_t = ReadAhead::default().segments)]
     read_ahead: u64,
@@ -40,11 +37,11 @@ async fn bring(args: Args, context: &Context) -> Result<(), Failure> {
     let ahead = ReadAhead { segments: args.read_ahead, ..ReadAhead::default() };
     let data_dir = std::env::current_dir()?;
     let request =
-        FetchRequest { name: args.name, dest: args.dest, data_dir, system_id: args.system_id, ahead };
+        FetchRequest { name: args.name, dest: args.dest, data_dir, system_id: context.system, ahead };
     let opened = Fetcher::open(&url, layout).await;
     if let (Some(bytes), WalFileName::Segment(after)) = (args.ahead_of, request.name) {
         let size = SegmentSize::try_from(bytes).map_err(Failure::usage)?;
-        let system = request.system_id.ok_or_else(|| Failure::usage("--ahead-of needs --system-id"))?;
+        let system = request.system_id.ok_or_else(|| Failure::usage("--ahead-of needs --system"))?;
         opened?.read_ahead(&request, Wanted { after, size, system }).await?;
         return Ok(());
     }
@@ -81,7 +78,7 @@ fn start_reading_ahead(context: &Context, request: &FetchRequest, wanted: Wanted
     let spawn = || -> Result<_, Failure> {
         let mut command = std::process::Command::new(std::env::current_exe()?);
         command.args(context.own_arguments()?).arg("fetch");
-        command.args(["--system-id", &wanted.system.to_string()]);
+        command.args(["--system", &wanted.system.to_string()]);
         command.args(["--ahead-of", &wanted.size.bytes().to_string()]);
         command.args(["--read-ahead", &request.ahead.segments.to_string()]);
         command.arg("--").arg(after.to_string()).arg(&request.dest);

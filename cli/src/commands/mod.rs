@@ -11,6 +11,7 @@ mod list;
 mod man;
 mod prune;
 mod push;
+mod restore;
 mod status;
 mod verify;
 mod watch;
@@ -31,6 +32,7 @@ pub(crate) enum Command {
     Backup(backup::Args),
     List(list::Args),
     Info(info::Args),
+    Restore(restore::Args),
     Status(status::Args),
     Verify(verify::Args),
     Prune(prune::Args),
@@ -50,6 +52,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,
+        Command::Restore(args) => restore::run(args, context).await,
         Command::Status(args) => status::run(&args, context).await,
         Command::Verify(args) => verify::run(&args, context).await,
         Command::Prune(args) => prune::run(&args, context).await,

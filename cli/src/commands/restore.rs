@@ -1,0 +1,279 @@
+//! `waltide restore`, also called `restore-pitr`: a cluster as it was at a moment.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind};
+use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
+use waltide_replay::engines::postgres::{
+    Actions, ArchivedIndexes, Outcome, Owner, Restore, RestoreError, RestoreOptions, Restored, Server,
+    restore_command,
+};
+use waltide_replay::{Goal, Plan, PlanError, Rates, Target, TargetAction, TargetTimeline, plan};
+use waltide_storage::Archive;
+
+use crate::context::Context;
+use crate::exit::Failure;
+use crate::output;
+
+/// No drill's record is larger.
+const DRILL_BYTES_MAX: u64 = 1 << 20;
+/// So many of the last drills say how fast things go.
+const DRILLS: usize = 5;
+
+/// Restore the cluster as it was at a time, transaction, LSN or restore point
+///
+/// A plan is made first: the base backup, the WAL, the exact position at which PostgreSQL will stop, or why the target
+/// cannot be reached and which near it can. Nothing is touched before that. The cluster is left ready to start;
+/// PostgreSQL's own recovery then brings it to the target, with `waltide fetch` as its restore_command.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where the cluster goes
+    #[arg(long, short = 'D', value_name = "DIR")]
+    data_dir: PathBuf,
+    /// What and how
+    #[command(flatten)]
+    goal: GoalArgs,
+    /// Start from this backup instead of the best one
+    #[arg(long, value_name = "BACKUP")]
+    backup: Option<BackupId>,
+    /// Put a tablespace elsewhere: the place it lay at or its OID, and the new place. Repeatable
+    #[arg(long, value_name = "OLD=NEW", value_parser = mapping)]
+    tablespace_map: Vec<(String, PathBuf)>,
+    /// Delete what lies in the data directory and the tablespaces' places [env: BACKUP_ALLOW_CLEAR=true]
+    #[arg(long)]
+    allow_clear: bool,
+    /// Keep what is there and the same, and rewrite only what differs
+    #[arg(long)]
+    delta: bool,
+    /// Make it a standby that follows the archive; takes no target
+    #[arg(long, conflicts_with = "moment")]
+    standby: bool,
+    /// Whether the restored server archives its WAL
+    #[arg(long, value_name = "off|preserve", default_value = "preserve", value_parser = ["off", "preserve"])]
+    archive_mode: String,
+    /// Whose the files will be: a user, or uid:gid; unless given the owner of the directory, or postgres
+    #[arg(long, value_name = "USER", value_parser = owner)]
+    owner: Option<Owner>,
+    /// Print the plan and what would be deleted and written, and touch nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Start the server and watch it until it has reached the target
+    #[arg(long)]
+    start: bool,
+    /// Where PostgreSQL's programs lie [default: /usr/lib/postgresql/MAJOR/bin, or the PATH]
+    #[arg(long, value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+}
+
+/// A target in PostgreSQL's words; the end of the archived WAL unless one is given.
+#[derive(Debug, clap::Args)]
+#[group(id = "moment", multiple = false, args = ["target_time", "timestamp", "target_xid", "before_xid", "target_lsn", "target_name", "target"])]
+pub(crate) struct GoalArgs {
+    /// To a time: RFC 3339, PostgreSQL's form, or @UNIX; in the local time zone where it names none
+    #[arg(long, visible_alias = "recovery-target-time", value_name = "TIME", value_parser = time)]
+    target_time: Option<TimestampTz>,
+    /// To a time in seconds since 1970
+    #[arg(long, value_name = "UNIX", value_parser = unix_time)]
+    timestamp: Option<TimestampTz>,
+    /// To the end of a transaction
+    #[arg(long, visible_aliases = ["recovery-target-txid", "recovery-target-xid", "target-txid"], value_name = "XID")]
+    target_xid: Option<Xid>,
+    /// To just before the end of a transaction
+    #[arg(long, value_name = "XID")]
+    before_xid: Option<Xid>,
+    /// To an LSN
+    #[arg(long, visible_alias = "recovery-target-lsn", value_name = "LSN")]
+    target_lsn: Option<Lsn>,
+    /// To a restore point
+    #[arg(long, visible_alias = "recovery-target-name", value_name = "NAME")]
+    target_name: Option<String>,
+    /// To the end of the archived WAL, or to the earliest moment the backup allows
+    #[arg(long, visible_alias = "recovery-target", value_name = "latest|immediate", value_parser = ["latest", "immediate"])]
+    target: Option<String>,
+    /// Along a timeline: latest, current (the backup's own) or a number
+    #[arg(long, visible_alias = "recovery-target-timeline", value_name = "TIMELINE", default_value_t)]
+    target_timeline: TargetTimeline,
+    /// Leave the target itself out
+    #[arg(long)]
+    target_exclusive: bool,
+    /// What the server does at the target: promote, pause or shutdown
+    #[arg(long, visible_alias = "recovery-target-action", value_name = "ACTION", default_value = "promote")]
+    target_action: TargetAction,
+}
+
+fn mapping(text: &str) -> Result<(String, PathBuf), String> {
+    let (from, to) = text.split_once('=').ok_or("write OLD=NEW")?;
+    Ok((from.to_owned(), PathBuf::from(to)))
+}
+
+fn owner(text: &str) -> Result<Owner, String> {
+    Owner::parse(text).ok_or_else(|| format!("there is no user {text:?}"))
+}
+
+fn time(text: &str) -> Result<TimestampTz, String> {
+    TimestampTz::parse_in(text, &jiff::tz::TimeZone::system()).map_err(|e| e.to_string())
+}
+
+fn unix_time(text: &str) -> Result<TimestampTz, String> {
+    let text = text.trim();
+    time(&format!("@{}", text.strip_prefix('@').unwrap_or(text)))
+}
+
+impl GoalArgs {
+    /// The target that was asked for.
+    pub(crate) fn goal(&self) -> Result<Goal, Failure> {
+        let time = self.target_time.or(self.timestamp).map(Target::Time);
+        let xid = self.target_xid.or(self.before_xid).map(Target::Xid);
+        let name = self.target_name.clone().map(Target::Name);
+        let target = time.or(xid).or(self.target_lsn.map(Target::Lsn)).or(name);
+        let target = target.unwrap_or(match self.target.as_deref() {
+            Some("immediate") => Target::Immediate,
+            _ => Target::Latest,
+        });
+        let goal = Goal {
+            target,
+            inclusive: !self.target_exclusive && self.before_xid.is_none(),
+            timeline: self.target_timeline,
+            action: self.target_action,
+        };
+        goal.check().map_err(|e| Failure::usage(e.to_string()))?;
+        Ok(goal)
+    }
+}
+
+/// What was planned and what was done.
+#[derive(Debug, Serialize)]
+struct Answer<'a> {
+    dry_run: bool,
+    plan: &'a Plan,
+    actions: &'a Actions,
+    restored: Option<&'a Restored>,
+    outcome: Option<&'a Outcome>,
+}
+
+pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
+    let goal = args.goal.goal()?;
+    let (archive, layout) = (context.archive().await?, context.layout()?);
+    let catalog = context.catalog(&archive, &layout).await?;
+    let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
+    let options = RestoreOptions {
+        data_dir: args.data_dir,
+        tablespace_map: args.tablespace_map,
+        allow_clear: args.allow_clear || context.env("BACKUP_ALLOW_CLEAR").is_some_and(|v| v == "true"),
+        delta: args.delta,
+        standby: args.standby,
+        archive_off: args.archive_mode == "off",
+        owner: args.owner,
+        restore_command: own_restore_command(context)?,
+        settings: Vec::new(),
+        threads: context.threads,
+    };
+    let restore = Restore::prepare(&archive, &layout, &plan, options).await.map_err(failed)?;
+    let actions = restore.actions();
+    let server = match args.start {
+        true => Some(Server::find(args.pg_bin.as_deref(), plan.major, actions.owner)?),
+        false => None,
+    };
+    if args.dry_run {
+        let answer = Answer { dry_run: true, plan: &plan, actions, restored: None, outcome: None };
+        return output::answer(context, &answer, || format!("{plan}{actions}nothing was touched"));
+    }
+    let progress = context.progress();
+    for note in plan.notes.iter().chain(&actions.notes) {
+        tracing::warn!("{note}");
+    }
+    let restored = restore.carry_out(&progress).await.map_err(failed)?;
+    let mut outcome = None;
+    if let Some(server) = server {
+        let (data_dir, plan, progress) = (actions.data_dir.clone(), plan.clone(), Arc::clone(&progress));
+        let started = tokio::task::spawn_blocking(move || {
+            server.start(&data_dir, &plan, args.standby, progress.as_ref())
+        });
+        outcome = Some(started.await.map_err(|e| Failure::failed("the server could not be watched", e))??);
+    }
+    drop(progress);
+    let answer =
+        Answer { dry_run: false, plan: &plan, actions, restored: Some(&restored), outcome: outcome.as_ref() };
+    output::answer(context, &answer, || told(&plan, &restored, outcome.as_ref()))?;
+    match outcome {
+        Some(Outcome { as_planned: Some(false), reached_lsn: Some(reached), .. }) => {
+            let text = format!("recovery ended at {reached}, planned was {}", plan.stop.lsn);
+            Err(Failure::message(1, text).hint("look at the server's log before you use this cluster"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The plan, or a failure that says whose fault it is.
+pub(crate) async fn make_plan(
+    archive: &Archive,
+    layout: &Layout,
+    catalog: &Catalog,
+    goal: &Goal,
+    backup: Option<&BackupId>,
+) -> Result<Plan, Failure> {
+    let rates = measured_rates(archive, layout, catalog).await;
+    let source = ArchivedIndexes::new(archive.clone());
+    plan(catalog, goal, backup, rates, &source).await.map_err(|e| {
+        let status = match e {
+            PlanError::Goal(_) | PlanError::UnknownBackup { .. } | PlanError::NoTimeline { .. } => 2,
+            PlanError::NoBackup { .. } | PlanError::Unreachable(_) | PlanError::Source(_) => 3,
+        };
+        Failure::from(e).status(status)
+    })
+}
+
+/// How fast the last drills were. An archive without any, or with ones that cannot be read, has none.
+async fn measured_rates(archive: &Archive, layout: &Layout, catalog: &Catalog) -> Rates {
+    let dir = layout.system(catalog.system.system_id).drills();
+    let listed = archive.list_names(&dir).await.unwrap_or_default();
+    let mut drills: Vec<DrillRecord> = Vec::new();
+    for object in listed.objects.iter().rev().take(DRILLS) {
+        if let Ok(bytes) = archive.get(&object.path, DRILL_BYTES_MAX).await {
+            drills.extend(Envelope::open_json::<DrillRecord>(&bytes, ObjectKind::Json));
+        }
+    }
+    Rates::from_drills(&drills)
+}
+
+/// `restore-pitr` lies beside `waltide`, and only that one fetches.
+pub(crate) fn own_restore_command(context: &Context) -> Result<String, Failure> {
+    let program = std::env::current_exe()?.with_file_name("waltide");
+    if !program.is_file() {
+        return Err(Failure::message(1, format!("{} is not there", program.display()))
+            .hint("PostgreSQL's recovery needs it as restore_command: install it beside restore-pitr"));
+    }
+    restore_command(&program, &context.own_arguments()?)
+        .ok_or_else(|| Failure::message(1, "the program's path cannot stand in a setting of PostgreSQL"))
+}
+
+fn failed(e: RestoreError) -> Failure {
+    let status = if e.is_damage() { 3 } else { 1 };
+    Failure::from(e).status(status)
+}
+
+fn told(plan: &Plan, restored: &Restored, outcome: Option<&Outcome>) -> String {
+    let mut text = plan.to_string();
+    text.push_str(&format!(
+        "restored  {} files, {} in {} to {}\n",
+        restored.files,
+        output::bytes(restored.bytes),
+        output::duration(restored.seconds),
+        restored.data_dir.display()
+    ));
+    match outcome {
+        None => text.push_str("next      start the server: it recovers to the target by itself\n"),
+        Some(outcome) => {
+            let at = outcome.reached_lsn.map_or(String::new(), |lsn| format!(" at {lsn}"));
+            let timeline = outcome.timeline.map_or(String::new(), |t| format!(" on timeline {t}"));
+            let time =
+                outcome.last_xact_time.as_ref().map_or(String::new(), |t| format!(", last transaction {t}"));
+            let state = output::word(&outcome.state).replace('_', " ");
+            let seconds = output::duration(outcome.seconds);
+            text.push_str(&format!("server    {state}{at}{timeline}{time}, after {seconds}\n"));
+        }
+    }
+    text
+}
