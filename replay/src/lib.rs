@@ -6,18 +6,22 @@
     allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::cast_sign_loss)
 )]
 
+mod drill;
 pub mod engines;
 mod plan;
+mod report;
 mod resolve;
 mod target;
 #[cfg(test)]
 mod testing;
 mod verify;
 
+pub use drill::{DrillReport, past_drills, random_seed, record_drill};
 pub use plan::{
     Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,
     reachable_windows,
 };
+pub use report::{html, summary, verdict_words};
 pub use resolve::{Events, LastCommit, Source, Stop, StopKind};
 pub use target::{Goal, GoalError, Target, TargetAction, TargetTimeline};
 pub use verify::{Fault, FaultKind, Verification, Verify};

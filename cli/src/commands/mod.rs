@@ -3,6 +3,7 @@
 mod backup;
 mod completions;
 mod doctor;
+mod drill;
 mod fetch;
 mod info;
 mod init;
@@ -37,6 +38,7 @@ pub(crate) enum Command {
     Verify(verify::Args),
     Prune(prune::Args),
     Keep(keep::Args),
+    Drill(drill::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -57,6 +59,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Verify(args) => verify::run(&args, context).await,
         Command::Prune(args) => prune::run(&args, context).await,
         Command::Keep(args) => keep::run(&args, context).await,
+        Command::Drill(args) => drill::run(args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),
     }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use waltide_format::archive::{CommitKind, SegmentDirectory, SegmentEntry, StoredSegment, XactEnd};
+use waltide_format::archive::{
+    CommitKind, SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, XactEnd,
+};
 use waltide_format::engines::postgres::wal::{
     Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XactKind, XactRecord, XlogRecord,
 };
@@ -51,6 +53,26 @@ impl ArchivedIndexes {
         Self { archive }
     }
 
+    /// A segment's index.
+    pub(super) async fn index(&self, entry: &SegmentEntry) -> Result<SegmentIndex, SearchError> {
+        let path = &entry.path;
+        let damaged = |source| SearchError::Damaged { path: path.clone(), source };
+        let (mut tail, size) = self.tail(path, TAIL_BYTES).await?;
+        let directory = match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
+            Ok(directory) => directory,
+            Err(needed) => {
+                tail = self.tail(path, needed).await?.0;
+                let again = SegmentDirectory::decode(&tail, size).map_err(damaged)?;
+                again.map_err(|needed| damaged(Corrupt::too_large("directory", 0, needed, size)))?
+            }
+        };
+        let needed = directory.tail_bytes(size);
+        if needed > tail.len() as u64 {
+            tail = self.tail(path, needed).await?.0;
+        }
+        directory.index(&tail, size).map_err(damaged)
+    }
+
     async fn tail(&self, path: &str, bytes: u64) -> Result<(Bytes, u64), SearchError> {
         if bytes > SEGMENT_OBJECT_BYTES_MAX {
             let source = Corrupt::too_large("directory", 0, bytes, SEGMENT_OBJECT_BYTES_MAX);
@@ -59,7 +81,8 @@ impl ArchivedIndexes {
         Ok(self.archive.get_tail(path, bytes).await?)
     }
 
-    async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
+    /// A whole segment's bytes.
+    pub(super) async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
         let object = self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?;
         let path = entry.path.clone();
         let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode(&object)).await;
@@ -68,7 +91,7 @@ impl ArchivedIndexes {
     }
 
     /// Calls `look` with the records of `segments`, neighbours in order, until it has found something.
-    async fn records<T: Send + 'static>(
+    pub(super) async fn records<T: Send + 'static>(
         &self,
         segments: &[&SegmentEntry],
         look: impl Fn(&Record<'_>) -> Option<T> + Clone + Send + 'static,
@@ -105,22 +128,7 @@ impl Source for ArchivedIndexes {
     type Error = SearchError;
 
     async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, SearchError> {
-        let path = &entry.path;
-        let damaged = |source| SearchError::Damaged { path: path.clone(), source };
-        let (mut tail, size) = self.tail(path, TAIL_BYTES).await?;
-        let directory = match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
-            Ok(directory) => directory,
-            Err(needed) => {
-                tail = self.tail(path, needed).await?.0;
-                let again = SegmentDirectory::decode(&tail, size).map_err(damaged)?;
-                again.map_err(|needed| damaged(Corrupt::too_large("directory", 0, needed, size)))?
-            }
-        };
-        let needed = directory.tail_bytes(size);
-        if needed > tail.len() as u64 {
-            tail = self.tail(path, needed).await?.0;
-        }
-        Ok(Arc::new(Events::of(directory.index(&tail, size).map_err(damaged)?)))
+        Ok(Arc::new(Events::of(self.index(entry).await?)))
     }
 
     async fn straddler(

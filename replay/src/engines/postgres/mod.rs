@@ -1,17 +1,27 @@
 //! PostgreSQL's read side.
 
+mod conf_file;
+mod drill;
 mod fetch;
 mod indexes;
+mod install;
+mod pages;
 mod queue;
 mod restore;
+mod scratch_server;
+mod scratch_settings;
 mod start;
+mod tablespaces;
 pub(crate) mod verify;
 
+pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
 pub use indexes::{ArchivedIndexes, SearchError};
+pub use install::{InstallError, Installation, ServerUser};
 pub use queue::{ReadAhead, Wanted};
 pub use restore::{
     Actions, Deletion, Owner, PlaceError, Placed, Restore, RestoreError, RestoreOptions, Restored,
     restore_command,
 };
+pub use scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 pub use start::{Outcome, Server, ServerState, StartError};
