@@ -279,6 +279,14 @@ pub async fn plan<S: Source>(
             late.push(candidate);
             continue;
         }
+        // Of the commits before its start only this is known: they were earlier than its end.
+        if let Target::Time(time) = goal.target
+            && time < head.stopped
+        {
+            refuse(format!("it ended later, at {}", head.stopped));
+            late.push(candidate);
+            continue;
+        }
         let found = reading.resolve(&candidate.run, start, consistent, goal).await.map_err(fail)?;
         let found = match found {
             Resolution::NotFound => candidate.past_the_end(catalog, goal).map_err(|reason| (reason, false)),

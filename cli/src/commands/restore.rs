@@ -69,28 +69,28 @@ pub(crate) struct Args {
 
 /// A target in PostgreSQL's words; the end of the archived WAL unless one is given.
 #[derive(Debug, clap::Args)]
-#[group(id = "moment", multiple = false, args = ["target_time", "timestamp", "target_xid", "before_xid", "target_lsn", "target_name", "target"])]
+#[command(group = clap::ArgGroup::new("moment"))]
 pub(crate) struct GoalArgs {
     /// To a time: RFC 3339, PostgreSQL's form, or @UNIX; in the local time zone where it names none
-    #[arg(long, visible_alias = "recovery-target-time", value_name = "TIME", value_parser = time)]
+    #[arg(long, group = "moment", visible_alias = "recovery-target-time", value_name = "TIME", value_parser = time)]
     target_time: Option<TimestampTz>,
     /// To a time in seconds since 1970
-    #[arg(long, value_name = "UNIX", value_parser = unix_time)]
+    #[arg(long, group = "moment", value_name = "UNIX", value_parser = unix_time)]
     timestamp: Option<TimestampTz>,
     /// To the end of a transaction
-    #[arg(long, visible_aliases = ["recovery-target-txid", "recovery-target-xid", "target-txid"], value_name = "XID")]
+    #[arg(long, group = "moment", visible_aliases = ["recovery-target-txid", "recovery-target-xid", "target-txid"], value_name = "XID")]
     target_xid: Option<Xid>,
     /// To just before the end of a transaction
-    #[arg(long, value_name = "XID")]
+    #[arg(long, group = "moment", value_name = "XID")]
     before_xid: Option<Xid>,
     /// To an LSN
-    #[arg(long, visible_alias = "recovery-target-lsn", value_name = "LSN")]
+    #[arg(long, group = "moment", visible_alias = "recovery-target-lsn", value_name = "LSN")]
     target_lsn: Option<Lsn>,
     /// To a restore point
-    #[arg(long, visible_alias = "recovery-target-name", value_name = "NAME")]
+    #[arg(long, group = "moment", visible_alias = "recovery-target-name", value_name = "NAME")]
     target_name: Option<String>,
     /// To the end of the archived WAL, or to the earliest moment the backup allows
-    #[arg(long, visible_alias = "recovery-target", value_name = "latest|immediate", value_parser = ["latest", "immediate"])]
+    #[arg(long, group = "moment", visible_alias = "recovery-target", value_name = "latest|immediate", value_parser = ["latest", "immediate"])]
     target: Option<String>,
     /// Along a timeline: latest, current (the backup's own) or a number
     #[arg(long, visible_alias = "recovery-target-timeline", value_name = "TIMELINE", default_value_t)]

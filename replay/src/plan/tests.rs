@@ -155,6 +155,9 @@ impl World {
         let there =
             |n: u64| self.catalog.segments.iter().any(|s| s.info.name.start(size()) == Some(lsn(n * MIB)));
         for backup in backups {
+            if matches!(goal.target, Target::Time(t) if t < backup.stopped) {
+                continue;
+            }
             let whole: Vec<_> = self
                 .records
                 .iter()

@@ -1,0 +1,511 @@
+//! Clusters come back as they were at the moment asked for, or nothing is touched.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use waltide_tests::workload::Journal;
+use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode, Waltide};
+
+/// An archive, a cluster that ships to it, and the binaries.
+struct Site {
+    scratch: Scratch,
+    archive: PathBuf,
+    waltide: Waltide,
+    cluster: Cluster,
+}
+
+impl Site {
+    fn new(label: &str) -> Self {
+        Self::with(label, |builder| builder)
+    }
+
+    fn with(label: &str, settings: impl FnOnce(ClusterBuilder) -> ClusterBuilder) -> Self {
+        let scratch = Scratch::new(label);
+        let archive = scratch.dir("archive");
+        let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
+        let builder = Cluster::builder("db").scratch(&scratch).setting("track_commit_timestamp", "on");
+        let mut cluster = settings(builder).archive_command(&waltide.archive_command()).create();
+        waltide.ok(["init", "--data-dir", text(cluster.data_dir())]);
+        cluster.start();
+        Self { scratch, archive, waltide, cluster }
+    }
+
+    fn backup(&self) {
+        self.waltide.ok(["backup", "--data-dir", text(self.cluster.data_dir())]);
+    }
+
+    /// Restores into a fresh directory and starts the server.
+    fn restored(&self, name: &str, arguments: &[&str]) -> Cluster {
+        let data_dir = self.scratch.fresh_path(name);
+        let mut all = vec!["restore", "--data-dir", text(&data_dir)];
+        all.extend(arguments);
+        self.waltide.ok(all);
+        let mut cluster = Cluster::with_data_dir(name, &self.scratch, &data_dir);
+        // Its own archive_command still leads to the archive: a restored cluster goes on archiving.
+        cluster.start();
+        cluster.wait_promoted();
+        cluster
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Every file below a directory with its bytes.
+fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut left = vec![dir.to_owned()];
+    while let Some(dir) = left.pop() {
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                left.push(path.clone());
+                found.insert(path, Vec::new());
+            } else {
+                found.insert(path.clone(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn each_kind_of_target_has_the_row_of_its_transaction_and_not_the_next() {
+    let site = Site::new("targets");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 3);
+    site.backup();
+    journal.steps_on(&site.cluster, 4);
+    let at = journal.step(&site.cluster, "the target");
+    site.cluster.query("select pg_create_restore_point('after the target')");
+    journal.steps_on(&site.cluster, 5);
+    site.cluster.archive_all();
+    let last = journal.len();
+    site.cluster.query("select 1");
+
+    let (time, xid, lsn) = (at.committed_at.clone(), at.xid.to_string(), at.lsn_after.clone());
+    let cases: &[(&str, &[&str], u64)] = &[
+        ("time", &["--target-time", &time], at.id),
+        ("time-exclusive", &["--recovery-target-time", &time, "--target-exclusive"], at.id - 1),
+        ("xid", &["--recovery-target-txid", &xid], at.id),
+        ("xid-exclusive", &["--target-xid", &xid, "--target-exclusive"], at.id - 1),
+        ("before-xid", &["--before-xid", &xid], at.id - 1),
+        ("lsn-exclusive", &["--target-lsn", &lsn, "--target-exclusive"], at.id),
+        ("lsn-before", &["--target-lsn", &at.lsn_before, "--target-exclusive"], at.id - 1),
+        ("name", &["--target-name", "after the target"], at.id),
+        ("immediate", &["--target", "immediate"], 3),
+        ("latest", &["--target", "latest"], last),
+        ("nothing", &[], last),
+        ("time-past-the-end", &["--target-time", "2099-01-01 00:00:00Z"], last),
+    ];
+    for (name, arguments, expected) in cases {
+        // Its WAL would meet that of the other restores in the archive, on the timeline that each makes.
+        let mut all = vec!["--archive-mode", "off"];
+        all.extend(*arguments);
+        let mut cluster = site.restored(name, &all);
+        journal.assert_exactly_up_to(&cluster, *expected);
+        assert!(!cluster.data_dir().join("recovery.signal").exists(), "{name}");
+        assert!(!cluster.data_dir().join("waltide.restoring").exists(), "{name}");
+        cluster.query("insert into journal (id, xid, note) values (1000, pg_current_xact_id(), 'alive')");
+        cluster.stop(StopMode::Fast);
+    }
+}
+
+#[test]
+fn the_plan_says_where_the_server_then_stops() {
+    let site = Site::new("watched");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    let at = journal.steps_on(&site.cluster, 3);
+    journal.steps_on(&site.cluster, 3);
+    site.cluster.archive_all();
+    // The restored server listens where the old one did.
+    let mut old = site.cluster;
+    old.stop(StopMode::Fast);
+    let xid = at.xid.to_string();
+    for (name, action, state) in [
+        ("promoted", "promote", "promoted"),
+        ("paused", "pause", "paused"),
+        ("ended", "shutdown", "shut_down"),
+    ] {
+        let data_dir = site.scratch.fresh_path(name);
+        let answer = site.waltide.json([
+            "restore",
+            "--data-dir",
+            text(&data_dir),
+            "--target-xid",
+            &xid,
+            "--target-action",
+            action,
+            "--archive-mode",
+            "off",
+            "--start",
+        ]);
+        let (plan, outcome) = (&answer["plan"], &answer["outcome"]);
+        assert_eq!(outcome["state"], state, "{answer}");
+        assert_eq!(plan["stop"]["xid"], xid.as_str());
+        assert_eq!(plan["stop"]["kind"], "after");
+        let end = waltide_tests::oracle::parse_lsn(plan["stop"]["lsn"].as_str().unwrap()).unwrap();
+        assert_eq!(end, at.end(), "{answer}");
+        assert_eq!(plan["last_commit"]["xid"], xid.as_str());
+        if state == "shut_down" {
+            assert!(!data_dir.join("postmaster.pid").exists());
+            continue;
+        }
+        assert_eq!(outcome["as_planned"], true, "{answer}");
+        assert_eq!(outcome["reached_lsn"], plan["stop"]["lsn"]);
+        let cluster = Cluster::attach(name, &site.scratch, &data_dir).unwrap();
+        journal.assert_exactly_up_to(&cluster, at.id);
+        assert_eq!(cluster.query("select pg_is_in_recovery()"), if state == "paused" { "t" } else { "f" });
+        let took = outcome["seconds"].as_f64().unwrap();
+        let estimate = plan["estimate"]["recovery_seconds"].as_f64().unwrap();
+        assert!(estimate < took * 10.0 && took < estimate * 30.0, "estimated {estimate}, took {took}");
+        // pg_ctl started it: nobody else stops it.
+        let stop = cluster.install().runner("pg_ctl").args(["stop", "-m", "fast", "-D", text(&data_dir)]);
+        stop.run().assert_ok();
+    }
+}
+
+#[test]
+fn timelines_lead_to_before_and_after_a_fork() {
+    let site = Site::new("timelines");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    let fork = journal.steps_on(&site.cluster, 3);
+    let lost = journal.steps_on(&site.cluster, 3);
+    site.cluster.archive_all();
+    let Site { scratch, waltide, mut cluster, archive } = site;
+    cluster.stop(StopMode::Fast);
+
+    let site = Site {
+        cluster: {
+            let data_dir = scratch.fresh_path("second");
+            let xid = fork.xid.to_string();
+            waltide.ok(["restore", "--data-dir", text(&data_dir), "--target-xid", &xid]);
+            let mut second = Cluster::with_data_dir("second", &scratch, &data_dir);
+            second.start();
+            second.wait_promoted();
+            second
+        },
+        scratch,
+        waltide,
+        archive,
+    };
+    let mut other = journal.forked_after(fork.id);
+    let after = other.steps_on(&site.cluster, 4);
+    assert_eq!(after.timeline, 2);
+    site.cluster.archive_all();
+
+    let off = ["--archive-mode", "off"];
+    let check = |name: &str, arguments: &[&str], journal: &Journal, last: u64| {
+        let mut cluster = site.restored(name, &[&off[..], arguments].concat());
+        journal.assert_exactly_up_to(&cluster, last);
+        cluster.stop(StopMode::Fast);
+    };
+    check("newest", &[], &other, after.id);
+    check("after-the-fork", &["--target-time", &other.steps()[6].committed_at], &other, 7);
+    check("before-the-fork", &["--target-xid", &fork.xid.to_string()], &other, fork.id);
+    check("left", &["--target-timeline", "1"], &journal, lost.id);
+    check(
+        "left-xid",
+        &["--target-timeline", "current", "--target-xid", &lost.xid.to_string()],
+        &journal,
+        lost.id,
+    );
+    // A backup of the new timeline is the base from then on, and old targets keep the old one.
+    site.backup();
+    let more = other.steps_on(&site.cluster, 2);
+    site.cluster.archive_all();
+    check("from-the-second", &[], &other, more.id);
+    check("from-the-first", &["--before-xid", &more.xid.to_string()], &other, more.id - 1);
+    check("still-before", &["--target-lsn", &fork.lsn_after, "--target-exclusive"], &other, fork.id);
+    let unknown = site.waltide.fails(2, ["restore", "--data-dir", "/nowhere", "--target-timeline", "9"]);
+    assert!(
+        unknown.stderr.contains("the archive has nothing of timeline 9; it has 1, 2"),
+        "{}",
+        unknown.stderr
+    );
+}
+
+#[test]
+fn tablespaces_go_where_they_are_mapped() {
+    let site = Site::new("tablespaces");
+    let one = site.cluster.create_tablespace("one");
+    let two = site.cluster.create_tablespace("two");
+    site.cluster
+        .query("create table a (x int) tablespace one; insert into a select generate_series(1, 5000)");
+    site.cluster
+        .query("create table b (x int) tablespace two; insert into b select generate_series(1, 7000)");
+    site.backup();
+    site.cluster.query("insert into a values (0); insert into b values (0)");
+    site.cluster.archive_all();
+    let data_dir = site.scratch.fresh_path("moved");
+    let (new_one, new_two) = (site.scratch.fresh_path("one"), site.scratch.fresh_path("two"));
+    let before = (snapshot(&one), snapshot(&two));
+
+    // Without a map they would go to where the running cluster has them.
+    let refused = site.waltide.fails(1, ["restore", "--data-dir", text(&data_dir)]);
+    assert!(
+        refused.stderr.contains(&format!("{} is not empty: PG_15_", one.display())),
+        "{}",
+        refused.stderr
+    );
+    assert!(!data_dir.exists());
+
+    let map = |old: &Path, new: &Path| format!("{}={}", old.display(), new.display());
+    let (map_one, map_two) = (map(&one, &new_one), map(&two, &new_two));
+    let mut moved = site.restored_at(
+        &data_dir,
+        &["--tablespace-map", &map_one, "--tablespace-map", &map_two, "--archive-mode", "off"],
+    );
+    assert_eq!(moved.query("select (select count(*) from a), (select count(*) from b)"), "5001|7001");
+    let links = moved.query(
+        "select pg_tablespace_location(oid) from pg_tablespace where spcname in ('one', 'two') order by 1",
+    );
+    let mut wanted = [text(&new_one), text(&new_two)];
+    wanted.sort_unstable();
+    assert_eq!(links, wanted.join("\n"));
+    moved.stop(StopMode::Fast);
+    assert!(before == (snapshot(&one), snapshot(&two)), "the cluster's own tablespaces were touched");
+    let wrong = site.waltide.fails(1, ["restore", "--data-dir", "/nowhere", "--tablespace-map", "/x=/y"]);
+    assert!(wrong.stderr.contains("no tablespace of the backup lies at /x"), "{}", wrong.stderr);
+}
+
+impl Site {
+    fn restored_at(&self, data_dir: &Path, arguments: &[&str]) -> Cluster {
+        let mut all = vec!["restore", "--data-dir", text(data_dir)];
+        all.extend(arguments);
+        self.waltide.ok(all);
+        let mut cluster = Cluster::with_data_dir("restored", &self.scratch, data_dir);
+        cluster.start();
+        cluster.wait_promoted();
+        cluster
+    }
+}
+
+#[test]
+fn nothing_is_touched_before_it_may_be() {
+    let site = Site::new("refusals");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    let last = journal.steps_on(&site.cluster, 2);
+    site.cluster.archive_all();
+    let data_dir = text(site.cluster.data_dir()).to_owned();
+
+    let running = site.waltide.fails(1, ["restore", "--data-dir", &data_dir, "--allow-clear"]);
+    assert!(running.stderr.contains("a server is running on"), "{}", running.stderr);
+    journal.assert_exactly_up_to(&site.cluster, last.id);
+
+    let Site { scratch, waltide, mut cluster, .. } = site;
+    cluster.stop(StopMode::Fast);
+    cluster.scratch().file("db/precious", "do not lose");
+    let before = snapshot(cluster.data_dir());
+    let full = waltide.fails(1, ["restore", "--data-dir", &data_dir]);
+    assert!(full.stderr.contains("is not empty") && full.stderr.contains("--allow-clear"), "{}", full.stderr);
+    let delta = waltide.fails(1, ["restore", "--data-dir", &data_dir, "--delta"]);
+    assert!(delta.stderr.contains("--allow-clear"), "{}", delta.stderr);
+    let late = waltide.fails(3, ["restore", "--data-dir", &data_dir, "--allow-clear", "--target-lsn", "7/0"]);
+    assert!(
+        late.stderr.contains("LSN 7/0 cannot be reached") && late.stderr.contains("nearest before: LSN "),
+        "{}",
+        late.stderr
+    );
+    let early = waltide.fails(
+        3,
+        ["restore", "--data-dir", &data_dir, "--allow-clear", "--target-time", "2001-01-01 00:00:00Z"],
+    );
+    assert!(
+        early.stderr.contains("no backup is old enough") && early.stderr.contains("nearest before: none\n"),
+        "{}",
+        early.stderr
+    );
+    let unknown =
+        waltide.fails(3, ["restore", "--data-dir", &data_dir, "--allow-clear", "--target-name", "nowhere"]);
+    assert!(unknown.stderr.contains("restore point \"nowhere\" is not in its WAL"), "{}", unknown.stderr);
+    waltide.fails(2, ["restore", "--data-dir", &data_dir, "--target-xid", "7", "--target", "latest"]);
+    waltide.fails(2, ["restore", "--data-dir", &data_dir, "--target-exclusive"]);
+    let dry = waltide.ok(["restore", "--data-dir", &data_dir, "--allow-clear", "--dry-run"]);
+    for part in [
+        "delete    ",
+        "/db/precious",
+        "recovery.signal",
+        "restore_command",
+        "takes     about",
+        "nothing was touched",
+    ] {
+        assert!(dry.stdout.contains(part), "{part}: {}", dry.stdout);
+    }
+    assert!(before == snapshot(cluster.data_dir()), "something was touched");
+
+    // The environment allows it too, under the other name of the command.
+    let pitr = waltide.restore_pitr().env("BACKUP_ALLOW_CLEAR", "true");
+    pitr.ok(["--data-dir", &data_dir, "--target-xid", &last.xid.to_string(), "--archive-mode", "off"]);
+    assert!(!cluster.data_dir().join("precious").exists());
+    let mut again = Cluster::with_data_dir("again", &scratch, cluster.data_dir());
+    again.start();
+    again.wait_promoted();
+    journal.assert_exactly_up_to(&again, last.id);
+}
+
+#[test]
+fn a_delta_rewrites_what_differs_and_an_interrupted_restore_is_taken_up_again() {
+    let site = Site::new("delta");
+    site.cluster.pgbench_init(2);
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    let last = journal.steps_on(&site.cluster, 2);
+    site.cluster.archive_all();
+    let data_dir = site.scratch.fresh_path("copy");
+    let mut copy = site.restored_at(&data_dir, &["--archive-mode", "off"]);
+    copy.pgbench(&["-t", "20"]);
+    copy.query("create table stranger (x int); insert into stranger select generate_series(1, 10000)");
+    copy.stop(StopMode::Fast);
+    fs::write(data_dir.join("base/nobody"), "x").unwrap();
+    fs::remove_file(data_dir.join("pg_xact/0000")).unwrap();
+
+    let delta = |waltide: &Waltide| {
+        waltide.json([
+            "restore",
+            "--data-dir",
+            text(&data_dir),
+            "--delta",
+            "--allow-clear",
+            "--archive-mode",
+            "off",
+        ])
+    };
+    let answer = delta(&site.waltide);
+    let bytes = |name: &str| answer["restored"][name].as_u64().unwrap();
+    assert!(bytes("written_bytes") < bytes("bytes") / 2 && bytes("written_bytes") > 0, "{answer}");
+    assert!(!data_dir.join("base/nobody").exists());
+    let mut copy = Cluster::with_data_dir("copy", &site.scratch, &data_dir);
+    copy.start();
+    copy.wait_promoted();
+    journal.assert_exactly_up_to(&copy, last.id);
+    assert_eq!(copy.query("select count(*) from pg_class where relname = 'stranger'"), "0");
+    copy.stop(StopMode::Fast);
+
+    // As a restore that was killed leaves it: no pg_control, a marker, some files wrong or missing.
+    fs::remove_file(data_dir.join("global/pg_control")).unwrap();
+    site.scratch.file("copy-marker", "");
+    fs::write(data_dir.join("waltide.restoring"), "x").unwrap();
+    fs::write(data_dir.join("PG_VERSION"), "junk").unwrap();
+    site.scratch.give_tree(&data_dir);
+    copy.try_start().unwrap_err();
+    let answer = site.waltide.json(["restore", "--data-dir", text(&data_dir), "--archive-mode", "off"]);
+    assert_eq!(answer["actions"]["delta"], true);
+    let mut copy = Cluster::with_data_dir("copy", &site.scratch, &data_dir);
+    copy.start();
+    copy.wait_promoted();
+    journal.assert_exactly_up_to(&copy, last.id);
+}
+
+#[test]
+fn a_standby_follows_the_archive_and_survives_its_absence() {
+    let site = Site::new("standby");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    site.cluster.archive_all();
+    let data_dir = site.scratch.fresh_path("standby");
+    site.waltide.ok(["restore", "--data-dir", text(&data_dir), "--standby"]);
+    let mut standby = Cluster::with_data_dir("standby", &site.scratch, &data_dir);
+    standby.set("wal_retrieve_retry_interval", "200ms");
+    standby.start();
+    assert_eq!(standby.query("select pg_is_in_recovery()"), "t");
+    let wait_for = |standby: &Cluster, journal: &Journal| {
+        standby.wait_until(&format!("select count(*) = {} from journal", journal.len()));
+    };
+    let later = journal.steps_on(&site.cluster, 3);
+    site.cluster.archive_all();
+    wait_for(&standby, &journal);
+    // The archive is not mounted for a while.
+    let away = site.scratch.fresh_path("away");
+    fs::rename(&site.archive, &away).unwrap();
+    waltide_tests::poll_until("the standby to miss the archive", std::time::Duration::from_secs(60), || {
+        standby.log_text().contains("cannot be reached; the standby will ask again").then_some(())
+    });
+    assert!(standby.is_running());
+    fs::rename(&away, &site.archive).unwrap();
+    journal.steps_on(&site.cluster, 2);
+    site.cluster.archive_all();
+    wait_for(&standby, &journal);
+    assert!(later.id < journal.len());
+    journal.assert_exactly_up_to(&standby, journal.len());
+}
+
+#[test]
+fn fetch_tells_postgresql_only_what_is_sure() {
+    let site = Site::new("fetch");
+    site.cluster.pgbench_init(1);
+    let segment = site.cluster.archive_all();
+    let data_dir = site.cluster.data_dir().to_owned();
+    let fetch = |name: &str, dest: &str| {
+        site.waltide.clone().current_dir(&data_dir).run(["fetch", name, dest]).status
+    };
+    let dest = site.scratch.fresh_path("out");
+    assert_eq!(fetch(&segment, text(&dest)), 0);
+    let name = segment.clone();
+    let sizes = fs::metadata(&dest).unwrap().len();
+    assert_eq!(sizes, 1 << 20);
+    let original = data_dir.join("pg_wal").join(&segment);
+    if original.exists() {
+        assert!(fs::read(&dest).unwrap() == fs::read(original).unwrap());
+    }
+    assert_eq!(fetch("0000000100000000000000FF", text(&dest)), 1);
+    assert_eq!(fetch("00000007.history", text(&dest)), 1);
+    assert_eq!(fetch("nonsense", text(&dest)), 126);
+    assert_eq!(site.waltide.run(["fetch"]).status, 126);
+    assert_eq!(site.waltide.run(["fetch", "--no-such-flag", &name, "x"]).status, 126);
+    assert_eq!(fetch(&segment, "/nonexistent/dir/x"), 126);
+    let elsewhere = |archive: &Path| {
+        let waltide = Waltide::new(&site.scratch).archive(archive).cluster("main");
+        waltide.current_dir(&data_dir).run(["fetch", &name, text(&dest)]).status
+    };
+    let empty = site.scratch.dir("empty");
+    assert_eq!(elsewhere(&empty), 126, "a mount point with nothing mounted");
+    assert_eq!(elsewhere(Path::new("/nonexistent")), 126);
+    let other = Waltide::new(&site.scratch).archive(&site.archive).cluster("other");
+    assert_eq!(other.current_dir(&data_dir).run(["fetch", &name, text(&dest)]).status, 126);
+    site.scratch.file("db/standby.signal", "");
+    assert_eq!(elsewhere(&empty), 1);
+    assert_eq!(elsewhere(Path::new("/nonexistent")), 1);
+    fs::remove_file(data_dir.join("standby.signal")).unwrap();
+
+    // One byte of the stored segment.
+    let mut found =
+        snapshot(&site.archive).into_keys().filter(|p| p.file_name().unwrap().to_str() == Some(&segment));
+    let object = found.next().unwrap();
+    let mut bytes = fs::read(&object).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&object, bytes).unwrap();
+    fs::remove_file(&dest).unwrap();
+    assert_eq!(fetch(&segment, text(&dest)), 126);
+    assert!(!dest.exists());
+}
+
+#[test]
+fn a_damaged_pack_stops_the_restore_and_leaves_nothing_that_starts() {
+    let site = Site::new("damaged");
+    site.cluster.pgbench_init(1);
+    site.backup();
+    site.cluster.archive_all();
+    let packs = snapshot(&site.archive);
+    let pack = packs.keys().find(|p| p.is_file() && text(p).contains("/chunks/packs/")).unwrap();
+    let mut bytes = fs::read(pack).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(pack, bytes).unwrap();
+    let data_dir = site.scratch.fresh_path("broken");
+    let failed = site.waltide.fails(3, ["restore", "--data-dir", text(&data_dir)]);
+    assert!(failed.stderr.contains("is damaged, backup "), "{}", failed.stderr);
+    assert!(!data_dir.join("global/pg_control").exists());
+    Cluster::with_data_dir("broken", &site.scratch, &data_dir).try_start().unwrap_err();
+}
