@@ -5,17 +5,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use waltide_format::archive::{
-    BackupEntry, Catalog, DamagedObject, Envelope, Keep, Layout, Lineage, Manifest, ObjectKind,
+    BackupEntry, Catalog, DamagedObject, Envelope, GapKind, Keep, Layout, Lineage, Manifest, ObjectKind,
     SegmentDirectory, SegmentEntry, StartedBackup, SystemInfo, SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
-use waltide_format::{BackupId, Corrupt, SystemId, TimelineId, WalFileName};
+use waltide_format::{BackupId, Corrupt, SegmentName, SystemId, TimelineId, WalFileName};
 use waltide_storage::{Archive, Bytes, CatalogueCache, ObjectInfo, StorageError};
 
 /// A segment's catalogue entry lies in this much of its end, but for a segment with very many restore points.
@@ -83,6 +84,46 @@ pub async fn load(
 ) -> Result<Catalog, CatalogError> {
     let system = find_system(archive, layout, system).await?;
     load_system(archive, layout, system, cache, threads).await
+}
+
+/// How long after a segment was stored the one before it may still be on its way: several are shipped at once.
+const IN_FLIGHT: Duration = Duration::from_secs(15);
+/// How often, a second apart, a segment that may be on its way is waited for.
+const LOOKS: u32 = 5;
+
+/// [`load`], but a segment that is missing before one that came just now is waited for a little: it may be in flight,
+/// and that is no hole.
+pub async fn load_settled(
+    archive: &Archive,
+    layout: &Layout,
+    system: Option<SystemId>,
+    cache: Option<&CatalogueCache>,
+    threads: usize,
+) -> Result<Catalog, CatalogError> {
+    for _ in 0..LOOKS {
+        let catalog = load(archive, layout, system, cache, threads).await?;
+        if !may_be_in_flight(archive, &catalog).await? {
+            return Ok(catalog);
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    load(archive, layout, system, cache, threads).await
+}
+
+/// Whether any segment that is missing by name comes before one that was stored just now.
+async fn may_be_in_flight(archive: &Archive, catalog: &Catalog) -> Result<bool, StorageError> {
+    let missing = catalog.gaps().into_iter().filter(|g| matches!(g.kind, GapKind::Missing { .. }));
+    for gap in missing {
+        let next = SegmentName::containing(gap.timeline, gap.to, catalog.system.segment_size);
+        let Some(entry) = catalog.best_copy(next) else { continue };
+        let Some(object) = archive.head(&entry.path).await? else { continue };
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let stored = Duration::from_millis(u64::try_from(object.modified_unix_ms).unwrap_or(0));
+        if now.abs_diff(stored) < IN_FLIGHT {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The catalogue of a system whose system.json was read.
@@ -254,6 +295,8 @@ impl<'a> Reading<'a> {
             let job = read(object);
             async move { Ok::<_, StorageError>((i, job.await?)) }
         });
+        // Collected, so that the closure is no part of a future that a caller may want to send to another thread.
+        let jobs: Vec<_> = jobs.collect();
         let mut done = stream::iter(jobs).buffer_unordered(self.threads.clamp(1, 64).saturating_mul(4));
         while let Some((i, value)) = done.try_next().await? {
             if let Some(slot) = found.get_mut(i) {

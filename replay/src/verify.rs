@@ -542,7 +542,10 @@ impl<'a> Run<'a> {
             let pack = map.packs.get(n as usize)?.clone();
             Some(self.pack(by, map_name, pack, frames))
         });
-        stream::iter(jobs).buffer_unordered(self.what.threads.clamp(1, 64)).try_collect::<()>().await
+        stream::iter(jobs.collect::<Vec<_>>())
+            .buffer_unordered(self.what.threads.clamp(1, 64))
+            .try_collect::<()>()
+            .await
     }
 
     async fn pack(&self, by: &str, map: &str, name: String, frames: Vec<Extent>) -> Result<(), StorageError> {
@@ -618,7 +621,7 @@ impl<'a> Run<'a> {
         let workers = self.what.threads.clamp(1, usize::try_from(room).unwrap_or(1).max(1));
         let share = best.len().div_ceil(workers).max(1);
         let jobs = best.chunks(share).map(|part| self.chain(timeline, part));
-        stream::iter(jobs).buffer_unordered(workers).try_collect::<()>().await?;
+        stream::iter(jobs.collect::<Vec<_>>()).buffer_unordered(workers).try_collect::<()>().await?;
         let range = names.first().zip(names.last());
         let of_span = |s: &&SegmentEntry| range.is_some_and(|(a, b)| (*a..=*b).contains(&s.info.name));
         let others =

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use waltide_archiver::catalog::load_settled;
 use waltide_archiver::host;
 use waltide_archiver::status::{Health, Status, status};
 use waltide_format::TimestampTz;
 
-use crate::context::Context;
+use crate::context::{Context, catalog_failure};
 use crate::exit::Failure;
 use crate::output;
 
@@ -24,7 +25,9 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let max_age = args.max_age.map(|hours| Duration::try_from_secs_f64(hours * 3600.0));
     let max_age = max_age.transpose().map_err(|_| Failure::usage("--max-age is not a number of hours"))?;
     let (archive, layout) = (context.archive().await?, context.layout()?);
-    let catalog = context.catalog(&archive, &layout).await?;
+    let cache = context.cache(&archive);
+    let loaded = load_settled(&archive, &layout, context.system, cache.as_ref(), context.threads).await;
+    let catalog = loaded.map_err(catalog_failure)?;
     let now = TimestampTz::from_jiff(jiff::Timestamp::now());
     let found = status(&catalog, now, max_age, |s| host::is_running(&s.host, s.pid));
     output::answer(context, &found, || text(&found))?;
