@@ -608,3 +608,6 @@ fn not_empty(path: &Path, found: &[Deletion]) -> RestoreError {
     }
     PlaceError::NotEmpty { path: path.to_owned(), found: names }.into()
 }
+
+#[cfg(test)]
+mod tests;
