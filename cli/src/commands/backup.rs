@@ -55,7 +55,7 @@ enum Checkpoint {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
-enum DamagedPages {
+pub(super) enum DamagedPages {
     Warn,
     Refuse,
 }

@@ -5,6 +5,7 @@ mod completions;
 mod doctor;
 mod drill;
 mod fetch;
+mod import;
 mod info;
 mod init;
 mod keep;
@@ -31,6 +32,7 @@ pub(crate) enum Command {
     Doctor(doctor::Args),
     Fetch(fetch::Args),
     Backup(backup::Args),
+    Import(import::Args),
     List(list::Args),
     Info(info::Args),
     Restore(restore::Args),
@@ -51,6 +53,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Watch(args) => watch::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Backup(args) => backup::run(args, context).await,
+        Command::Import(args) => import::run(args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,

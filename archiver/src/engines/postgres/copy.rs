@@ -315,6 +315,9 @@ impl<'a> Worker<'a> {
             let wanted = usize::try_from(length.saturating_sub(at)).unwrap_or(usize::MAX).min(buffer.len());
             let wanted = buffer.get_mut(..wanted).unwrap_or_default();
             let found = read_full(&file, wanted, start.saturating_add(at)).map_err(failed)?;
+            if found < wanted.len() && source.inside_at.is_some() {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+            }
             let mut raw = wanted.get_mut(..found).unwrap_or_default();
             if source.relation.is_some() && hasher.is_none() {
                 let pages = usize::try_from(raw.len() as u64 & !WITHIN_PAGE).unwrap_or(0);

@@ -153,6 +153,19 @@ enum Place {
     Plain,
 }
 
+/// Whether a path below a data directory is one that a backup leaves out.
+pub(super) fn is_left_out(path: &str) -> bool {
+    let (first, rest) = path.split_once('/').unwrap_or((path, ""));
+    let within = EMPTIED.contains(&first) && !rest.is_empty();
+    let kept = path == "pg_wal/archive_status" || path == "pg_wal/summaries";
+    (within && !kept) || LEFT_OUT.contains(&path) || path.split('/').any(is_passing)
+}
+
+/// Whether a file or directory of this name is never of use after the server that made it.
+fn is_passing(name: &str) -> bool {
+    name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init")
+}
+
 /// Lists a data directory and its tablespaces. Files and directories that vanish meanwhile are not there; that is
 /// for the log to explain. `version_directory` is the name PostgreSQL gives to its directory in a tablespace.
 pub fn scan(data_dir: &Path, major: PgMajor, version_directory: &str) -> Result<Scan, ScanError> {
@@ -244,7 +257,7 @@ impl Walk<'_> {
         relation: Option<RelationSegment>,
         unlogged: &BTreeSet<Oid>,
     ) -> bool {
-        if name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init") {
+        if is_passing(name) {
             return false;
         }
         match (place, relation) {

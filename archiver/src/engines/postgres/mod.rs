@@ -2,7 +2,6 @@
 
 mod admit;
 pub mod backup;
-#[allow(dead_code, reason = "import, which comes next, checks files with it")]
 mod checksum;
 pub mod connect;
 pub mod conninfo;
@@ -10,6 +9,7 @@ pub mod control;
 mod copy;
 pub mod doctor;
 pub mod files;
+pub mod import;
 pub mod init;
 mod neighbours;
 mod pages;

@@ -13,13 +13,15 @@ use waltide_format::{
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
-use super::copy::Copied;
+use super::copy::{BadPage, Copied};
 use super::files::Scan;
 use crate::catalog::read_segment;
 use crate::put::put_own;
 
 /// No JSON object of the archive but a manifest is larger.
 const JSON_BYTES_MAX: u64 = 1 << 20;
+/// A manifest names no more damaged pages than this; where there are more, the disk is beyond lists.
+const DAMAGED_PAGES_MAX: usize = 10_000;
 /// How often the archive is asked for a segment that is on its way.
 const POLL_MIN: Duration = Duration::from_millis(100);
 const POLL_MAX: Duration = Duration::from_secs(2);
@@ -253,7 +255,7 @@ impl Destination {
     }
 
     /// Whether a copy of the segment, up to `stop` where it lies inside, is in the archive and can be used.
-    async fn has_segment(
+    pub(super) async fn has_segment(
         &self,
         timelines: &[TimelineId],
         segment: SegmentName,
@@ -312,11 +314,34 @@ impl Destination {
 }
 
 /// The segments that hold the WAL from `start` to `stop`.
-fn segments(timeline: TimelineId, start: Lsn, stop: Lsn, size: SegmentSize) -> Vec<SegmentName> {
+pub(super) fn segments(timeline: TimelineId, start: Lsn, stop: Lsn, size: SegmentSize) -> Vec<SegmentName> {
     let first = SegmentName::containing(timeline, start, size);
     let last = SegmentName::containing(timeline, stop.saturating_sub(1).max(start), size);
     let next = |name: &SegmentName| if *name == last { None } else { name.next(size) };
     std::iter::successors(Some(first), next).collect()
+}
+
+/// The damaged pages' names, and a warning of them. A page was excused because its LSN said that the log has it; one
+/// with an LSN that the log had not even reached when the backup ended said so falsely.
+pub(super) fn damaged_pages(
+    scan: &Scan,
+    copied: &mut Copied,
+    stop_lsn: Lsn,
+    warnings: &mut Vec<String>,
+) -> Vec<String> {
+    let false_excuses: Vec<BadPage> =
+        copied.excused.iter().filter(|page| page.lsn > stop_lsn).copied().collect();
+    copied.damaged.extend(false_excuses);
+    copied.damaged.sort_unstable();
+    let name = |page: &BadPage| scan.files.get(page.file).map(|file| format!("{}:{}", file.path, page.block));
+    let named: Vec<String> = copied.damaged.iter().take(DAMAGED_PAGES_MAX).filter_map(name).collect();
+    if !named.is_empty() {
+        let some = named.iter().take(10).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = if named.len() > 10 { ", …" } else { "" };
+        let count = copied.damaged.len();
+        warnings.push(format!("{count} damaged pages are in the backup as they are on disk: {some}{more}"));
+    }
+    named
 }
 
 /// The files of a manifest and the map over their extents.

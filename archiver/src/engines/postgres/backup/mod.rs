@@ -16,18 +16,16 @@ use waltide_format::{BLOCK_BYTES, BackupId, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
 use self::config::config_files;
-use self::server::{Server, Stopped};
+use self::server::Server;
 use super::connect::{ConnectError, ConnectRequest};
 use super::control::{ControlFileError, read_control, read_control_bytes};
 use super::copy::{Copied, CopyError, CopyJob, Last, copy};
 use super::files::{CONTROL_FILE, Scan, ScanError, scan};
 use super::pages::PageRule;
-use super::publish::{Destination, PublishError, assemble};
+use super::publish::{Destination, PublishError, assemble, damaged_pages};
 
 /// zstd's level unless another is asked for.
 pub const DEFAULT_LEVEL: i32 = 1;
-/// A manifest names no more damaged pages than this; where there are more, the disk is beyond lists.
-const DAMAGED_PAGES_MAX: usize = 10_000;
 /// How often the session that holds the backup open is looked at.
 const WATCH: Duration = Duration::from_millis(500);
 
@@ -201,15 +199,9 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     let stopped = server.stop().await?;
     let finished = now();
     let label = BackupLabel::parse(&stopped.label)?;
-    let damaged_pages = damaged_pages(&scan, &mut copied, &stopped);
-    if let Some(first) = damaged_pages.first() {
-        let count = copied.damaged.len();
-        if request.refuse_damaged_pages {
-            return Err(BackupError::DamagedPages { count, first: first.clone() });
-        }
-        let named = damaged_pages.iter().take(10).map(String::as_str).collect::<Vec<_>>().join(", ");
-        let more = if count > 10 { ", …" } else { "" };
-        warnings.push(format!("{count} damaged pages are in the backup as they are on disk: {named}{more}"));
+    let damaged_pages = damaged_pages(&scan, &mut copied, stopped.lsn, &mut warnings);
+    if let Some(first) = damaged_pages.first().filter(|_| request.refuse_damaged_pages) {
+        return Err(BackupError::DamagedPages { count: copied.damaged.len(), first: first.clone() });
     }
 
     let (read_bytes, pack_bytes) = (copied.read_bytes, copied.stored_bytes);
@@ -314,16 +306,4 @@ async fn copy_files(
             }
         }
     }
-}
-
-/// The damaged pages' names. A page was excused because its LSN said that the log has it; one with an LSN that the log
-/// had not even reached when the backup ended said so falsely.
-fn damaged_pages(scan: &Scan, copied: &mut Copied, stopped: &Stopped) -> Vec<String> {
-    let false_excuses = copied.excused.iter().filter(|page| page.lsn > stopped.lsn).copied();
-    copied.damaged.extend(false_excuses.collect::<Vec<_>>());
-    copied.damaged.sort_unstable();
-    let name = |page: &super::copy::BadPage| {
-        scan.files.get(page.file).map(|file| format!("{}:{}", file.path, page.block))
-    };
-    copied.damaged.iter().take(DAMAGED_PAGES_MAX).filter_map(name).collect()
 }
