@@ -633,6 +633,9 @@ fn push_with(archive: &Archive, faults: Option<&Faults>, path: &Path) -> Result<
     runtime.block_on(push(&request)).map(|pushed| pushed.outcome).map_err(|e| e.to_string())
 }
 
+/// A name, what is pushed under it, and what was pushed before.
+type Case<'a> = (&'a str, Vec<u8>, Option<Vec<u8>>);
+
 #[test]
 fn whichever_call_to_the_archive_fails_nothing_is_half_there_and_a_retry_works() {
     let lab = Lab::new("faults");
@@ -647,8 +650,7 @@ fn whichever_call_to_the_archive_fails_nothing_is_half_there_and_a_retry_works()
         bytes[pages * 8192..].fill(0);
         bytes
     };
-    // What is pushed, and what has to be there before.
-    let cases: [(&str, Vec<u8>, Option<Vec<u8>>); 5] = [
+    let cases: [Case<'_>; 5] = [
         (&segment, wal.clone(), None),
         (&segment, wal.clone(), Some(wal.clone())),
         (&partial, cut(90), Some(cut(40))),
@@ -832,4 +834,42 @@ fn doctor_follows_a_segment_and_says_what_is_wrong() {
     let answer = site.waltide.json_with_status(1, ["doctor", "--data-dir", &data_dir]);
     assert_eq!(result(&answer, "server").0, "failed");
     assert_eq!(result(&answer, "round trip").0, "skipped");
+}
+
+#[test]
+fn a_flipped_bit_is_refused_wherever_a_checksum_or_a_page_header_covers_it() {
+    let lab = Lab::new("flips");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let url = lab.site.archive.to_str().unwrap().parse().unwrap();
+    let archive = runtime.block_on(Archive::open(&url)).unwrap();
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
+    let mut dice = Dice(seed);
+    let name = lab.segments[4].as_str();
+    let whole = lab.wal(4);
+    // Its neighbours lie beside it, so that records over its edges are covered too.
+    let path = lab.file(name, &whole);
+    for at in [3, 5] {
+        fs::write(path.with_file_name(&lab.segments[at]), lab.wal(at)).unwrap();
+    }
+    let object = lab.site.object(&lab.cluster, name);
+    let (mut refused, rounds) = (0, 400);
+    for _ in 0..rounds {
+        let mut bytes = whole.clone();
+        let at = usize::try_from(dice.below(whole.len() as u64)).unwrap();
+        bytes[at] ^= 1 << dice.below(8);
+        fs::write(&path, &bytes).unwrap();
+        match push_with(&archive, None, &path) {
+            Err(text) => {
+                refused += 1;
+                assert!(text.contains(&format!("{name} is ")), "{text}");
+                assert!(!object.exists(), "byte {at}, seed {seed}");
+            }
+            // Only the bytes that align records and headers are covered by nothing.
+            Ok(_) => {
+                assert_eq!(whole[at], 0, "byte {at}, seed {seed}");
+                fs::remove_file(&object).unwrap();
+            }
+        }
+    }
+    assert!(refused * 100 >= rounds * 95, "{refused} of {rounds}, seed {seed}");
 }

@@ -26,6 +26,6 @@ pub use manifest::{
     ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use stored_segment::{
-    PackedSegment, SegmentDirectory, StoredSegment, encode_segment, pack_segment, wal_digest,
+    PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };
 pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow};

@@ -48,7 +48,12 @@ impl Stretch {
 
 /// Compresses `raw` unless that makes it longer.
 fn pack(raw: &[u8], level: i32) -> Vec<u8> {
-    match zstd::bulk::compress(raw, level) {
+    pack_with(zstd::bulk::Compressor::new(level).ok().as_mut(), raw)
+}
+
+/// The same with a compressor that has its memory already.
+fn pack_with(compressor: Option<&mut zstd::bulk::Compressor<'_>>, raw: &[u8]) -> Vec<u8> {
+    match compressor.map_or_else(|| Ok(raw.to_vec()), |c| c.compress(raw)) {
         Ok(packed) if packed.len() < raw.len() => packed,
         _ => raw.to_vec(),
     }
@@ -62,6 +67,27 @@ pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usi
 /// SHA-256 over a segment's WAL, which is what its stored object says about itself.
 pub fn wal_digest(wal: &[u8]) -> [u8; 32] {
     Sha256::digest(wal).into()
+}
+
+/// The same over WAL that comes in parts.
+#[derive(Debug, Clone, Default)]
+pub struct WalDigest(Sha256);
+
+impl WalDigest {
+    /// Nothing so far.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the next part.
+    pub fn update(&mut self, part: &[u8]) {
+        self.0.update(part);
+    }
+
+    /// SHA-256 over all parts.
+    pub fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
 }
 
 /// A segment's WAL, compressed and summed up: its stored object but for the index.
@@ -85,10 +111,11 @@ pub fn pack_segment<T>(
     let next = AtomicUsize::new(0);
     let work = || {
         let mut done = Vec::new();
+        let mut compressor = zstd::bulk::Compressor::new(level).ok();
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(chunk) = chunks.get(i) else { return done };
-            done.push((i, pack(chunk, level)));
+            done.push((i, pack_with(compressor.as_mut(), chunk)));
         }
     };
     let helpers = threads.saturating_sub(1).min(chunks.len().saturating_sub(1));
@@ -108,6 +135,11 @@ pub fn pack_segment<T>(
 }
 
 impl PackedSegment {
+    /// SHA-256 over the WAL.
+    pub const fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
+
     /// The stored object's bytes.
     pub fn seal(self, index: &SegmentIndex) -> Vec<u8> {
         let mut object = Header { kind: ObjectKind::Segment }.encode().to_vec();

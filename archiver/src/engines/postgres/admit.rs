@@ -139,14 +139,7 @@ impl Admission {
             ..ScanContext::new(self.segment, size)
         };
         match scan_segment(wal, &context) {
-            Ok(scan) => {
-                let mut index = scan.index;
-                // Where nothing was wrong, the segment is what it would have been without force.
-                if self.force && self.partial && scan.stopped_by.is_none() {
-                    index.faults.retain(|fault| fault.at != scan.end.valid_end);
-                }
-                Ok(index)
-            }
+            Ok(scan) => Ok(scan.index),
             Err(e) => self.only_if_forced(wal, span, Refusal::Scan(e)),
         }
     }
@@ -180,8 +173,7 @@ impl Admission {
         let last = span.start().saturating_sub(1);
         let ancestor = self.history.as_ref().map(|history| same.on(history.timeline_at(last)));
         let names = [Some(same), ancestor.filter(|name| *name != same)];
-        let (name, bytes) =
-            names.into_iter().flatten().find_map(|name| Some((name, self.dir.segment(name)?)))?;
+        let name = names.into_iter().flatten().find(|name| self.dir.file(name).exists())?;
         let before = SegmentSpan::containing(name.start(size)?, size)?;
         let system_ids = [self.system.system_id];
         let expected = Expected {
@@ -190,7 +182,10 @@ impl Admission {
             timeline: Some(name.timeline()),
             history: None,
         };
-        let tail = PreviousTail::find(&bytes, before, expected)?;
+        // Its last pages nearly always tell.
+        let ends =
+            self.dir.segment_ends(name, size).and_then(|bytes| PreviousTail::find(&bytes, before, expected));
+        let tail = ends.or_else(|| PreviousTail::find(&self.dir.segment(name)?, before, expected))?;
         Some(Previous { name, log: PreviousLog::Tail(tail) })
     }
 

@@ -5,10 +5,10 @@
 
 use std::path::Path;
 
-use futures_util::{StreamExt as _, future, stream};
+use futures_util::{FutureExt as _, StreamExt as _, future, stream};
 use waltide_format::WalFileName;
 
-use super::push::{PushError, Pushed, Shipper};
+use super::push::{Looked, PushError, Pushed, Shipper};
 use super::wal_dir::WalDir;
 
 /// One run ships at most this many neighbours: PostgreSQL hears of its own segment only when the run ends.
@@ -18,27 +18,32 @@ const RUN_BYTES_MAX: u64 = 1 << 30;
 /// Segments that are in memory at once take no more than this, each of them as it is and as it is stored.
 const MEMORY_BYTES_MAX: u64 = 512 << 20;
 
-/// Ships `path`, and beside it what else is ready. A neighbour's failure is a warning, for its own run will tell.
+/// Ships `path`, and beside it what else is ready. A neighbour's failure is a warning, for its own run will tell. Where
+/// `path` is in the archive already, an earlier run has taken the neighbours along.
 pub(crate) async fn push_with_neighbours(
     shipper: &Shipper,
     path: &Path,
     threads: usize,
 ) -> Result<Pushed, PushError> {
+    let arrival = match shipper.look(path, threads).await? {
+        Looked::Done(pushed) => return Ok(pushed),
+        Looked::Missing(arrival) => arrival,
+    };
     let dir = WalDir::of(path);
-    let own = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-    let neighbours = tokio::task::spawn_blocking({
+    let own = arrival.name();
+    let chosen = {
         let dir = dir.clone();
-        move || own.map(|own| choose(&dir, own)).unwrap_or_default()
-    });
-    let neighbours = neighbours.await.unwrap_or_default();
-    let file_bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
-    let lanes = lanes(threads, file_bytes);
+        tokio::task::spawn_blocking(move || choose(&dir, own)).await
+    };
+    let (neighbours, file_bytes_max) = chosen.unwrap_or_default();
+    let lanes = lanes(threads, file_bytes_max.max(arrival.file_bytes()));
     // With neighbours each file gets a thread of its own, which wastes nothing; alone, the file gets all of them.
     if neighbours.is_empty() || lanes < 2 {
-        return shipper.ship(path, threads).await;
+        return shipper.store(*arrival, threads).await;
     }
-    let others = stream::iter(neighbours).for_each_concurrent(lanes.saturating_sub(1), |name| {
-        let dir = &dir;
+    let own = async { Some(shipper.store(*arrival, 1).await) }.left_future();
+    let dir = &dir;
+    let others = neighbours.into_iter().map(|name| {
         async move {
             match shipper.ship(&dir.file(name), 1).await {
                 Ok(pushed) => tracing::info!("{name} went along: {:?}", pushed.outcome),
@@ -46,9 +51,13 @@ pub(crate) async fn push_with_neighbours(
                 Err(_) if !dir.is_ready(name) => {}
                 Err(e) => tracing::warn!("{name} did not go along: {}", one_line(&e)),
             }
+            None
         }
+        .right_future()
     });
-    future::join(shipper.ship(path, 1), others).await.0
+    let all = stream::iter(std::iter::once(own).chain(others)).buffer_unordered(lanes);
+    let mut told: Vec<_> = all.filter_map(future::ready).collect().await;
+    told.pop().expect("the file itself is among them")
 }
 
 /// How many files of this length may be shipped at once.
@@ -58,20 +67,22 @@ pub(crate) fn lanes(threads: usize, file_bytes: u64) -> usize {
     usize::try_from(fitting).unwrap_or(usize::MAX).clamp(1, threads.max(1))
 }
 
-/// The segments to ship beside `own`, oldest first.
-fn choose(dir: &WalDir, own: WalFileName) -> Vec<WalFileName> {
+/// The segments to ship beside `own`, oldest first, and the length of the longest.
+fn choose(dir: &WalDir, own: WalFileName) -> (Vec<WalFileName>, u64) {
     // Without archive_status this is no pg_wal, and there are no neighbours.
     let ready = dir.ready().unwrap_or_default();
     let segments = ready.into_iter().filter(|name| matches!(name, WalFileName::Segment(_)) && *name != own);
-    let mut bytes = 0u64;
-    segments
-        .take(COUNT_MAX)
-        .take_while(|name| {
-            let length = std::fs::metadata(dir.file(name)).map_or(0, |meta| meta.len());
-            bytes = bytes.saturating_add(length);
-            bytes <= RUN_BYTES_MAX
-        })
-        .collect()
+    let (mut chosen, mut bytes, mut longest) = (Vec::new(), 0u64, 0);
+    for name in segments.take(COUNT_MAX) {
+        let length = std::fs::metadata(dir.file(name)).map_or(0, |meta| meta.len());
+        bytes = bytes.saturating_add(length);
+        if bytes > RUN_BYTES_MAX {
+            break;
+        }
+        longest = length.max(longest);
+        chosen.push(name);
+    }
+    (chosen, longest)
 }
 
 /// An error with its causes on one line, for a log.
@@ -102,19 +113,19 @@ mod tests {
     fn the_oldest_neighbours_go_first_and_other_files_never() {
         let scratch = tempfile::tempdir().unwrap();
         let dir = WalDir::new(scratch.path().to_owned());
-        assert_eq!(choose(&dir, "000000010000000000000001".parse().unwrap()), []);
+        assert_eq!(choose(&dir, "000000010000000000000001".parse().unwrap()).0, []);
         std::fs::create_dir(dir.archive_status()).unwrap();
         for n in 1..=40 {
             std::fs::write(dir.archive_status().join(format!("0000000100000000000000{n:02X}.ready")), "")
                 .unwrap();
         }
         std::fs::write(dir.archive_status().join("00000002.history.ready"), "").unwrap();
-        let chosen = choose(&dir, "000000010000000000000002".parse().unwrap());
+        let (chosen, _) = choose(&dir, "000000010000000000000002".parse().unwrap());
         assert_eq!(chosen.len(), COUNT_MAX);
         assert_eq!(chosen[0].to_string(), "000000010000000000000001");
         assert_eq!(chosen[1].to_string(), "000000010000000000000003");
         let file = std::fs::File::create(dir.file("000000010000000000000003")).unwrap();
         file.set_len(RUN_BYTES_MAX + 1).unwrap();
-        assert_eq!(choose(&dir, "000000010000000000000002".parse().unwrap()).len(), 1);
+        assert_eq!(choose(&dir, "000000010000000000000002".parse().unwrap()).0.len(), 1);
     }
 }

@@ -1,6 +1,8 @@
 //! Ships one file of pg_wal into the archive: `archive_command`. Acknowledged means durable, nothing is overwritten,
 //! nothing is believed.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,17 +10,17 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::OnceCell;
 use waltide_format::archive::{
-    AdmittedFault, ClusterInfo, Layout, SegmentDirectory, SegmentInfo, StoredSegment, SystemInfo, WalFile,
-    WalObject, pack_segment, wal_digest,
+    AdmittedFault, ClusterInfo, Layout, SegmentDirectory, SegmentInfo, StoredSegment, SystemInfo, WalDigest,
+    WalFile, WalObject, pack_segment,
 };
 use waltide_format::engines::postgres::cluster::{BackupHistory, History, HistoryError};
 use waltide_format::engines::postgres::scan::{Agreement, common_prefix};
-use waltide_format::engines::postgres::wal::SegmentSpan;
-use waltide_format::{Corrupt, Lsn, SegmentName, SystemId, WalFileName};
+use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, SegmentSpan};
+use waltide_format::{Corrupt, Lsn, SegmentName, SystemId, TimelineId, WalFileName};
 use waltide_storage::{Archive, Put, StorageError};
 
 use super::admit::{self, Admission, Refusal};
-use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_whole};
+use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_head, read_whole, read_whole_with};
 use crate::init::{self, InitError, read_json};
 
 /// How segments are compressed unless the operator says otherwise: measured, docs/performance.md.
@@ -243,16 +245,37 @@ struct Inner {
     systems: OnceCell<Vec<SystemInfo>>,
 }
 
-/// A file about to be shipped.
-struct Incoming {
+/// A segment as it came, once it is clear whose it is.
+#[derive(Debug)]
+pub(crate) struct Arrival {
     dir: WalDir,
-    path: PathBuf,
     name: WalFileName,
+    segment: SegmentName,
+    partial: bool,
+    wal: Bytes,
+    system_id: SystemId,
+    object: String,
+    /// Whether nothing was stored under its name when it was looked at.
+    is_free: bool,
 }
 
-/// What the archive has under a name, as far as its own directory says.
-struct Stored {
-    digest: [u8; 32],
+impl Arrival {
+    pub(crate) fn name(&self) -> WalFileName {
+        self.name
+    }
+
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.wal.len() as u64
+    }
+}
+
+/// What a look at the archive said of a file.
+#[derive(Debug)]
+pub(crate) enum Looked {
+    /// It is there.
+    Done(Pushed),
+    /// It, or what it holds more than the stored copy, is not.
+    Missing(Box<Arrival>),
 }
 
 impl Shipper {
@@ -269,32 +292,29 @@ impl Shipper {
 
     /// Ships the file at `path`, working on `threads` threads.
     pub async fn ship(&self, path: &Path, threads: usize) -> Result<Pushed, PushError> {
-        let file_name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let name: WalFileName =
-            file_name.parse().map_err(|e| PushError::Name { path: path.to_owned(), why: format!("{e}") })?;
-        let file = Incoming { dir: WalDir::of(path), path: path.to_owned(), name };
-        match name {
-            WalFileName::Segment(segment) => self.ship_segment(file, segment, false, threads).await,
-            WalFileName::Partial(segment) => self.ship_segment(file, segment, true, threads).await,
-            WalFileName::History(_) | WalFileName::BackupHistory(_) => self.ship_text(file).await,
+        match self.look(path, threads).await? {
+            Looked::Done(pushed) => Ok(pushed),
+            Looked::Missing(arrival) => self.store(*arrival, threads).await,
         }
     }
 
-    async fn ship_segment(
-        &self,
-        file: Incoming,
-        segment: SegmentName,
-        partial: bool,
-        threads: usize,
-    ) -> Result<Pushed, PushError> {
-        let Incoming { dir, path, name } = file;
-        let read = {
-            let path = path.clone();
-            blocking(name, move || read_whole(&path, SEGMENT_BYTES_MAX)).await?
+    /// Sees whether a segment is in the archive already: this is how the run of one that a neighbour's run has shipped
+    /// returns at once. Its digest proves it, before anything is scanned. A text file is shipped here and now.
+    pub(crate) async fn look(&self, path: &Path, threads: usize) -> Result<Looked, PushError> {
+        let file_name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name: WalFileName =
+            file_name.parse().map_err(|e| PushError::Name { path: path.to_owned(), why: format!("{e}") })?;
+        let dir = WalDir::of(path);
+        let (segment, partial) = match name {
+            WalFileName::Segment(segment) => (segment, false),
+            WalFileName::Partial(segment) => (segment, true),
+            WalFileName::History(_) | WalFileName::BackupHistory(_) => {
+                return self.ship_text(dir, path, name).await.map(Looked::Done);
+            }
         };
-        let wal = Bytes::from(read.map_err(|source| PushError::Read { path, source })?);
-        let file_bytes = wal.len() as u64;
-        let system_id = match admit::identify(&wal) {
+        let unreadable = |source| PushError::Read { path: path.to_owned(), source };
+        let head = read_head(path, LONG_HEADER_BYTES as u64).map_err(unreadable)?;
+        let system_id = match admit::identify(&head) {
             Ok(long) => long.system_id,
             // A first page that cannot be read says nothing; where it is forced, the directory tells whose it is.
             Err(why) if self.0.force_admit => {
@@ -304,30 +324,44 @@ impl Shipper {
             }
             Err(why) => return Err(PushError::Refused { name, why }),
         };
-        let system = self.0.layout.system(system_id);
-        let object = system.wal_file(name);
-
-        // What is there already is proved by its digest before anything is scanned: this is how the run of a
-        // segment that a neighbour's run has shipped returns at once.
-        let stored = self.stored(&object).await?;
-        if let Some(stored) = &stored {
-            let digest = {
-                let wal = wal.clone();
-                blocking(name, move || wal_digest(&wal)).await?
+        let object = self.0.layout.system(system_id).wal_file(name);
+        let stored = self.stored_digest(&object).await?;
+        if let Some(stored) = stored {
+            let found = {
+                let path = path.to_owned();
+                blocking(name, move || digest_of(&path)).await?
             };
-            if digest == stored.digest {
-                self.0.archive.sync(&object).await?;
-                return Ok(Pushed {
-                    name,
-                    object,
-                    outcome: Outcome::AlreadyThere,
-                    file_bytes,
-                    stored_bytes: 0,
-                    faults: Vec::new(),
-                });
+            let (digest, file_bytes) = found.map_err(unreadable)?;
+            if digest == stored {
+                return self.already_there(name, object, file_bytes).await.map(Looked::Done);
             }
         }
+        let read = {
+            let path = path.to_owned();
+            blocking(name, move || read_whole_with(&path, SEGMENT_BYTES_MAX, threads)).await?
+        };
+        let wal = Bytes::from(read.map_err(unreadable)?);
+        let is_free = stored.is_none();
+        let arrival = Arrival { dir, name, segment, partial, wal, system_id, object, is_free };
+        Ok(Looked::Missing(Box::new(arrival)))
+    }
 
+    async fn already_there(
+        &self,
+        name: WalFileName,
+        object: String,
+        file_bytes: u64,
+    ) -> Result<Pushed, PushError> {
+        self.0.archive.sync(&object).await?;
+        let (outcome, stored_bytes, faults) = (Outcome::AlreadyThere, 0, Vec::new());
+        Ok(Pushed { name, object, outcome, file_bytes, stored_bytes, faults })
+    }
+
+    /// Admits a segment and stores it, beside a shorter copy if there is one.
+    pub(crate) async fn store(&self, arrival: Arrival, threads: usize) -> Result<Pushed, PushError> {
+        let Arrival { dir, name, segment, partial, wal, system_id, object, is_free } = arrival;
+        let file_bytes = wal.len() as u64;
+        let system = self.0.layout.system(system_id);
         let info = self.system(name, system_id).await?;
         let history = self.history(&dir, segment, system_id).await?;
         let admission = Admission { segment, partial, system: info, history, dir, force: self.0.force_admit };
@@ -337,13 +371,14 @@ impl Shipper {
             blocking(name, move || {
                 let (packed, index) = pack_segment(&wal, level, threads, || admission.scan(&wal));
                 index.map(|index| {
+                    let digest = packed.digest();
                     let stored = Bytes::from(packed.seal(&index));
-                    (index, stored)
+                    (index, digest, stored)
                 })
             })
             .await?
         };
-        let (index, stored_object) = packed.map_err(|why| PushError::Refused { name, why })?;
+        let (index, digest, stored_object) = packed.map_err(|why| PushError::Refused { name, why })?;
         let faults = index.faults.clone();
         let valid_end = index.info.valid_end;
         let stored_bytes = stored_object.len() as u64;
@@ -355,8 +390,14 @@ impl Shipper {
             stored_bytes,
             faults,
         };
-        if stored.is_none() && self.0.archive.put_new(&object, stored_object.clone()).await? == Put::Created {
-            return Ok(pushed(object, Outcome::Stored, stored_bytes));
+        if is_free {
+            if self.0.archive.put_new(&object, stored_object.clone()).await? == Put::Created {
+                return Ok(pushed(object, Outcome::Stored, stored_bytes));
+            }
+            // A watch and PostgreSQL's own command may ship the same file at the same time.
+            if self.stored_digest(&object).await? == Some(digest) {
+                return self.already_there(name, object, file_bytes).await;
+            }
         }
 
         // Other bytes are there under that name: every copy must agree as far as both go. Where another run puts a copy
@@ -403,13 +444,12 @@ impl Shipper {
         Ok(holder)
     }
 
-    async fn ship_text(&self, file: Incoming) -> Result<Pushed, PushError> {
-        let Incoming { dir, path, name } = file;
+    async fn ship_text(&self, dir: WalDir, path: &Path, name: WalFileName) -> Result<Pushed, PushError> {
         let (read, beside) = {
-            let path = path.clone();
+            let path = path.to_owned();
             blocking(name, move || (read_whole(&path, TEXT_BYTES_MAX), dir.system())).await?
         };
-        let contents = read.map_err(|source| PushError::Read { path, source })?;
+        let contents = read.map_err(|source| PushError::Read { path: path.to_owned(), source })?;
         match name {
             WalFileName::History(timeline) => {
                 History::parse(timeline, &contents).map_err(|source| PushError::History { name, source })?;
@@ -463,8 +503,8 @@ impl Shipper {
         Err(PushError::Differs { name, object })
     }
 
-    /// What the stored segment says of itself, if there is one.
-    async fn stored(&self, object: &str) -> Result<Option<Stored>, PushError> {
+    /// The digest of the WAL that is stored as `object`, if there is such an object.
+    async fn stored_digest(&self, object: &str) -> Result<Option<[u8; 32]>, PushError> {
         let mut wanted = DIRECTORY_BYTES;
         loop {
             let (tail, size) = match self.0.archive.get_tail(object, wanted).await {
@@ -474,7 +514,7 @@ impl Shipper {
             };
             let damaged = |source| PushError::Damaged { object: object.to_owned(), source };
             match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
-                Ok(directory) => return Ok(Some(Stored { digest: directory.digest })),
+                Ok(directory) => return Ok(Some(directory.digest)),
                 Err(needed) if needed > wanted && needed <= OBJECT_BYTES_MAX => wanted = needed,
                 Err(needed) => {
                     return Err(damaged(Corrupt::too_large("directory", 0, needed, OBJECT_BYTES_MAX)));
@@ -543,6 +583,9 @@ impl Shipper {
         system_id: SystemId,
     ) -> Result<Option<History>, PushError> {
         let timeline = segment.timeline();
+        if timeline == TimelineId::FIRST {
+            return Ok(None);
+        }
         let name = WalFileName::History(timeline);
         let beside = {
             let dir = dir.clone();
@@ -561,6 +604,22 @@ impl Shipper {
         History::parse(timeline, &found.contents)
             .map(Some)
             .map_err(|source| PushError::History { name, source })
+    }
+}
+
+/// SHA-256 of a file and its length, in little memory.
+fn digest_of(path: &Path) -> std::io::Result<([u8; 32], u64)> {
+    let mut file = File::open(path)?.take(SEGMENT_BYTES_MAX);
+    let (mut digest, mut part) = (WalDigest::new(), vec![0; 256 << 10]);
+    let mut length = 0u64;
+    loop {
+        match file.read(&mut part)? {
+            0 => return Ok((digest.finish(), length)),
+            n => {
+                digest.update(part.get(..n).unwrap_or_default());
+                length = length.saturating_add(n as u64);
+            }
+        }
     }
 }
 

@@ -2,16 +2,22 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use waltide_format::engines::postgres::cluster::{ControlFile, History};
-use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PageHeader};
-use waltide_format::{Lsn, SegmentName, SystemId, TimelineId, WalFileName};
+use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader};
+use waltide_format::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId, WalFileName};
 
 /// The largest segment there is.
 pub(crate) const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 /// No history file comes near this: a line for each promotion in the cluster's life.
 pub(crate) const TEXT_BYTES_MAX: u64 = 1 << 20;
+
+/// How much of a segment's end is read first: a page behind whose header a record starts is nearly always there.
+const ENDS_BYTES: usize = 128 << 10;
+/// Less than this is not worth a thread.
+const READ_BYTES_MIN: usize = 4 << 20;
 
 /// `pg_wal`, or any directory that files of it were copied to.
 #[derive(Debug, Clone)]
@@ -46,6 +52,20 @@ impl WalDir {
     /// The first `bytes` bytes of a segment that lies here.
     pub(crate) fn segment_head(&self, name: SegmentName, bytes: u64) -> Option<Vec<u8>> {
         read_head(&self.file(name), bytes).ok()
+    }
+
+    /// The first page and the last bytes of a segment that lies here, in their places, and zeros between them.
+    pub(crate) fn segment_ends(&self, name: SegmentName, size: SegmentSize) -> Option<Vec<u8>> {
+        let file = File::open(self.file(name)).ok()?;
+        if file.metadata().ok()?.len() != size.bytes() {
+            return None;
+        }
+        // Memory that nobody touches is never taken.
+        let mut bytes = vec![0; usize::try_from(size.bytes()).ok()?];
+        let tail_at = bytes.len().checked_sub(ENDS_BYTES)?;
+        file.read_exact_at(bytes.get_mut(..PAGE_BYTES)?, 0).ok()?;
+        file.read_exact_at(bytes.get_mut(tail_at..)?, tail_at as u64).ok()?;
+        Some(bytes)
     }
 
     /// The history of a timeline, where its file lies here and is one. The first timeline has none.
@@ -92,6 +112,33 @@ impl WalDir {
 
 /// A file of at most `max` bytes; its size is checked before memory is taken.
 pub(crate) fn read_whole(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let (file, length) = open_whole(path, max)?;
+    let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+    file.take(max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The same on several threads: most of the time goes into pages that are touched for the first time.
+pub(crate) fn read_whole_with(path: &Path, max: u64, threads: usize) -> io::Result<Vec<u8>> {
+    let (file, length) = open_whole(path, max)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let share = length.div_ceil(threads.max(1)).max(READ_BYTES_MIN);
+    let mut bytes = vec![0; length];
+    let read = |at: u64, part: &mut [u8]| file.read_exact_at(part, at);
+    std::thread::scope(|scope| {
+        let mut parts = (0u64..).step_by(share).zip(bytes.chunks_mut(share));
+        let first = parts.next();
+        let handles: Vec<_> = parts.map(|(at, part)| scope.spawn(move || read(at, part))).collect();
+        let mut done = first.map_or(Ok(()), |(at, part)| read(at, part));
+        for handle in handles {
+            done = done.and(handle.join().expect("reading does not panic"));
+        }
+        done
+    })?;
+    Ok(bytes)
+}
+
+fn open_whole(path: &Path, max: u64) -> io::Result<(File, u64)> {
     let file = File::open(path)?;
     let meta = file.metadata()?;
     if !meta.is_file() {
@@ -101,9 +148,7 @@ pub(crate) fn read_whole(path: &Path, max: u64) -> io::Result<Vec<u8>> {
         let text = format!("it has {} bytes where {max} are the most", meta.len());
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
     }
-    let mut bytes = Vec::with_capacity(usize::try_from(meta.len()).unwrap_or(0));
-    file.take(max).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok((file, meta.len()))
 }
 
 /// The first `bytes` bytes of a file, or all of a shorter one.
