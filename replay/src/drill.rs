@@ -50,12 +50,10 @@ pub async fn past_drills(
     for object in listed.get(from..).unwrap_or_default() {
         let bytes = match archive.get(&object.path, RECORD_BYTES_MAX).await {
             Ok(bytes) => bytes,
-            Err(e) if e.is_not_found() => continue,
-            Err(e @ StorageError::TooLarge { .. }) => {
+            Err(e) => {
                 tracing::warn!("{e}");
                 continue;
             }
-            Err(e) => return Err(e),
         };
         match DrillRecord::decode(&bytes) {
             Ok(record) => found.push(record),

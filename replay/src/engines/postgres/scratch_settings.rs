@@ -36,6 +36,7 @@ const NEUTRALISED: &[(&str, &str)] = &[
     ("primary_slot_name", ""),
     ("promote_trigger_file", ""),
     ("recovery_end_command", ""),
+    ("recovery_min_apply_delay", "0"),
     ("session_preload_libraries", ""),
     ("shared_preload_libraries", ""),
     ("ssl", "off"),
