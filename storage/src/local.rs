@@ -32,6 +32,9 @@ const FILE_MODE: u32 = 0o600;
 #[derive(Clone, Debug)]
 pub(crate) struct LocalFiles {
     root: Arc<PathBuf>,
+    /// Whose what we make is to be where we are root and the archive is another's: what root leaves behind in it would
+    /// be closed to the server that ships to it.
+    owner: Option<(u32, u32)>,
     #[cfg(test)]
     pub(crate) synced: Arc<std::sync::Mutex<Vec<PathBuf>>>,
 }
@@ -47,14 +50,17 @@ impl LocalFiles {
     /// The tree below `root`, which must be there.
     pub(crate) fn open(root: &std::path::Path) -> io::Result<Self> {
         let root = fs::canonicalize(root)?;
-        if !fs::metadata(&root)?.is_dir() {
+        let meta = fs::metadata(&root)?;
+        if !meta.is_dir() {
             return Err(io::Error::new(
                 ErrorKind::NotADirectory,
                 format!("{} is not a directory", root.display()),
             ));
         }
+        let foreign = rustix::process::geteuid().is_root() && meta.uid() != 0;
         Ok(Self {
             root: Arc::new(root),
+            owner: foreign.then(|| (meta.uid(), meta.gid())),
             #[cfg(test)]
             synced: Arc::default(),
         })
@@ -205,6 +211,7 @@ impl LocalFiles {
             match options.open(&staging) {
                 Ok(file) => {
                     file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(failed)?;
+                    self.give(&file).map_err(failed)?;
                     return Ok((file, staging.into()));
                 }
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
@@ -214,12 +221,29 @@ impl LocalFiles {
         Err(refused("unfinished files have used up its names; sweep the archive"))
     }
 
+    fn give(&self, file: &File) -> io::Result<()> {
+        match self.owner {
+            Some((uid, gid)) => std::os::unix::fs::fchown(file, Some(uid), Some(gid)),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives away a directory, and nothing that someone may have put in its place.
+    fn give_directory(&self, dir: &std::path::Path) -> io::Result<()> {
+        if self.owner.is_none() {
+            return Ok(());
+        }
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.give(&File::from(rustix::fs::open(dir, flags, Mode::empty())?))
+    }
+
     fn make_directories(&self, at: &Path) -> Result<()> {
         let mut dir = self.root.to_path_buf();
         let Some((parents, _)) = at.as_ref().rsplit_once('/') else { return Ok(()) };
         for name in parents.split('/') {
             dir.push(name);
-            match make_directory(&dir) {
+            match make_directory(&dir).and_then(|()| self.give_directory(&dir)) {
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::symlink_metadata(&dir) {
                     Ok(meta) if meta.is_dir() => {}
                     Ok(_) => {
@@ -519,6 +543,22 @@ mod tests {
         assert_eq!(synced(&files), ["x/y/z", "x/y", "x", ""]);
         files.remove(&"x/y/z".into()).unwrap();
         assert_eq!(synced(&files), ["x/y"]);
+    }
+
+    #[test]
+    fn what_root_puts_into_anothers_archive_is_the_others() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (_dir, files) = tree();
+        assert_eq!(files.owner, None);
+        std::os::unix::fs::chown(&*files.root, Some(65534), Some(65533)).unwrap();
+        let files = LocalFiles::open(&files.root).unwrap();
+        put(&files, "a/b/c").unwrap();
+        for made in ["a", "a/b", "a/b/c"] {
+            let meta = fs::metadata(files.root.join(made)).unwrap();
+            assert_eq!((meta.uid(), meta.gid()), (65534, 65533), "{made}");
+        }
     }
 
     #[test]
