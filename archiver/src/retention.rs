@@ -1064,6 +1064,10 @@ mod tests {
 
             let mut after = c.clone();
             after.segments.retain(|s| !gone.contains(s.path.as_str()));
+            let mut pruned = after.clone();
+            pruned.backups.retain(|b| verdict(&b.head.id).keep);
+            let left = pruned.coverage();
+            prop_assert!(!before.is_whole() || left.is_whole(), "a whole archive stays whole: {:?}", left.holes);
             let after = after.coverage();
             for b in &c.backups {
                 let v = verdict(&b.head.id);

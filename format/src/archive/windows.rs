@@ -75,6 +75,13 @@ impl Coverage {
 }
 
 impl BackupEntry {
+    /// Whether recovery from it can follow `line`: one that was still being made when the line left its timeline
+    /// ends elsewhere.
+    pub fn is_on(&self, line: &Lineage) -> bool {
+        let head = &self.head;
+        line.holds(head.timeline, head.start_lsn) && line.holds(head.timeline, head.stop_lsn)
+    }
+
     /// Whether the operator pinned it without the WAL that follows it.
     pub fn is_standalone(&self) -> bool {
         self.keep.as_ref().is_some_and(|k| k.standalone)
@@ -107,7 +114,7 @@ impl Catalog {
 
     /// The windows along one line. A backup whose start lies in the run of an older one shares its run.
     fn line_windows(&self, line: &Lineage, found: &mut Coverage, gaps: &mut Vec<Gap>) {
-        let on_line = |b: &&BackupEntry| line.holds(b.head.timeline, b.head.start_lsn);
+        let on_line = |b: &&BackupEntry| b.is_on(line);
         let mut backups: Vec<_> = self.backups.iter().filter(on_line).collect();
         backups.sort_by_key(|b| (b.head.start_lsn, b.head.stop_lsn));
         let mut rest = backups.as_slice();
@@ -172,24 +179,18 @@ impl Catalog {
             let holder = line.newest_first().find(|(_, begin, _)| size.floor(*begin) <= lsn);
             SegmentName::containing(holder.map_or(line.timeline, |(t, _, _)| t), lsn, size)
         };
-        let first = newest(at);
-        Some(Gap {
-            timeline: first.timeline(),
-            from: run.end().unwrap_or(at),
-            to: next,
-            kind: GapKind::Missing {
-                first,
-                last: newest(next.saturating_sub(1)),
-                count: next.bytes_since(at).checked_div(size.bytes()).unwrap_or(0),
-            },
-        })
+        let (first, last) = (newest(at), newest(next.saturating_sub(1)));
+        // A hole over a fork is one of this line alone: the ancestor went on elsewhere.
+        let timeline = if first.timeline() == last.timeline() { first.timeline() } else { line.timeline };
+        let count = next.bytes_since(at).checked_div(size.bytes()).unwrap_or(0);
+        let kind = GapKind::Missing { first, last, count };
+        Some(Gap { timeline, from: run.end().unwrap_or(at), to: next, kind })
     }
 
     /// Whom a hole harms.
     fn judge(&self, gap: Gap) -> Hole {
         let line = self.lineage(gap.timeline);
-        let passes =
-            |b: &&BackupEntry| line.holds(b.head.timeline, b.head.start_lsn) && gap.to > b.head.start_lsn;
+        let passes = |b: &&BackupEntry| b.is_on(&line) && gap.to > b.head.start_lsn;
         let passing: Vec<_> = self.backups.iter().filter(passes).collect();
         let harmed = |b: &&&BackupEntry| !(b.is_standalone() && gap.from >= b.head.stop_lsn);
         let harms: Vec<_> = passing.iter().filter(harmed).map(|b| b.head.id.clone()).collect();
