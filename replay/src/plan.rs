@@ -108,6 +108,8 @@ impl std::error::Error for Unreachable {}
 pub struct Rates {
     /// Bytes of the cluster restored in a second.
     pub restore_bytes_per_second: f64,
+    /// Seconds to make and sync a file.
+    pub file_seconds: f64,
     /// Bytes of WAL replayed in a second.
     pub replay_bytes_per_second: f64,
     /// Seconds to fetch a segment.
@@ -123,9 +125,10 @@ impl Default for Rates {
     fn default() -> Self {
         Self {
             restore_bytes_per_second: 250e6,
+            file_seconds: 0.001,
             replay_bytes_per_second: 60e6,
             segment_seconds: 0.03,
-            start_seconds: 1.5,
+            start_seconds: 0.6,
             measured: false,
         }
     }
@@ -151,6 +154,8 @@ impl Rates {
         Self {
             restore_bytes_per_second: restore.unwrap_or(default.restore_bytes_per_second),
             replay_bytes_per_second: replay.unwrap_or(default.replay_bytes_per_second),
+            // What a drill measured has the files in it.
+            file_seconds: if restore.is_some() { 0.0 } else { default.file_seconds },
             measured: restore.is_some() || replay.is_some(),
             ..default
         }
@@ -556,7 +561,8 @@ fn make(
     let settings = settings(catalog, goal, &candidate.line, &stop, cut);
     let wal_bytes = stop.lsn.bytes_since(head.start_lsn);
     let base_bytes = head.stats.cluster_bytes;
-    let restore_seconds = base_bytes as f64 / rates.restore_bytes_per_second;
+    let restore_seconds = base_bytes as f64 / rates.restore_bytes_per_second
+        + candidate.entry.files as f64 * rates.file_seconds;
     let recovery_seconds = wal_bytes as f64 / rates.replay_bytes_per_second
         + segments.len() as f64 * rates.segment_seconds
         + rates.start_seconds;

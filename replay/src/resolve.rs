@@ -219,7 +219,9 @@ impl<'a, S: Source> Reading<'a, S> {
     /// The last commit that is there once replay has come to `stop`.
     pub(crate) async fn last_commit(&self, run: &Run<'_>, stop: Lsn) -> Result<Option<LastCommit>, S::Error> {
         let mut parts: Vec<_> = (0..run.steps.len())
-            .filter(|i| run.steps.get(*i).is_some_and(|s| s.entry.info.commits > 0 && s.start() < stop))
+            .filter(|i| {
+                run.steps.get(*i).is_some_and(|s| s.entry.info.last_commit_time.is_some() && s.start() < stop)
+            })
             .map(Part::Segment)
             .collect();
         parts.extend(straddlers(run).filter(

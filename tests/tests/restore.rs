@@ -160,9 +160,11 @@ fn the_plan_says_where_the_server_then_stops() {
         let cluster = Cluster::attach(name, &site.scratch, &data_dir).unwrap();
         journal.assert_exactly_up_to(&cluster, at.id);
         assert_eq!(cluster.query("select pg_is_in_recovery()"), if state == "paused" { "t" } else { "f" });
-        let took = outcome["seconds"].as_f64().unwrap();
-        let estimate = plan["estimate"]["recovery_seconds"].as_f64().unwrap();
-        assert!(estimate < took * 10.0 && took < estimate * 30.0, "estimated {estimate}, took {took}");
+        let seconds = |of: &serde_json::Value, name: &str| of[name].as_f64().unwrap();
+        let took = seconds(outcome, "seconds") + seconds(&answer["restored"], "seconds");
+        let estimate = seconds(&plan["estimate"], "total_seconds");
+        // Tests run beside one another, so that anything may take longer than alone.
+        assert!(estimate < took * 4.0 && took < estimate * 8.0, "estimated {estimate}, took {took}");
         // pg_ctl started it: nobody else stops it.
         let stop = cluster.install().runner("pg_ctl").args(["stop", "-m", "fast", "-D", text(&data_dir)]);
         stop.run().assert_ok();
@@ -508,4 +510,95 @@ fn a_damaged_pack_stops_the_restore_and_leaves_nothing_that_starts() {
     assert!(failed.stderr.contains("is damaged, backup "), "{}", failed.stderr);
     assert!(!data_dir.join("global/pg_control").exists());
     Cluster::with_data_dir("broken", &site.scratch, &data_dir).try_start().unwrap_err();
+}
+
+#[test]
+fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
+    let scratch = Scratch::new("elsewhere");
+    let archive = scratch.dir("archive");
+    let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
+    let cluster = Cluster::builder("db")
+        .scratch(&scratch)
+        .setting("archive_mode", "on")
+        .setting("archive_command", &waltide.archive_command())
+        .create();
+    let etc = scratch.dir("etc");
+    let data_dir = cluster.data_dir().to_owned();
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
+        fs::rename(data_dir.join(name), etc.join(name)).unwrap();
+    }
+    let mut conf = fs::read_to_string(etc.join("postgresql.conf")).unwrap();
+    conf.push_str(&format!(
+        "data_directory = '{}'\nhba_file = '{1}/pg_hba.conf'\nident_file = '{1}/pg_ident.conf'\n\
+         external_pid_file = '{1}/pid'\ninclude_dir = 'conf.d'\n",
+        data_dir.display(),
+        etc.display()
+    ));
+    scratch.file("etc/postgresql.conf", conf);
+    scratch.dir("etc/conf.d");
+    scratch.file("etc/conf.d/10-mine.conf", "work_mem = '7MB'\n");
+    waltide.ok(["init", "--data-dir", text(&data_dir)]);
+    let mut server =
+        cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(&scratch, "postgres");
+    let cluster = waltide_tests::poll_until("the server", std::time::Duration::from_secs(60), || {
+        let found = Cluster::attach("db", &scratch, &data_dir).ok()?;
+        found.sql("postgres", "select 1").is_ok().then_some(found)
+    });
+    waltide.ok(["backup", "--data-dir", text(&data_dir)]);
+    let mut journal = Journal::create(&cluster);
+    let last = journal.steps_on(&cluster, 2);
+    cluster.archive_all();
+    server.interrupt();
+    let restored = scratch.fresh_path("home");
+    let dry = waltide.ok(["restore", "--data-dir", text(&restored), "--dry-run"]);
+    assert!(dry.stdout.contains("the configuration lay outside the data directory"), "{}", dry.stdout);
+    assert!(!restored.exists());
+    waltide.ok(["restore", "--data-dir", text(&restored), "--archive-mode", "off"]);
+    fs::rename(&etc, scratch.join("etc-gone")).unwrap();
+    let mut home = Cluster::with_data_dir("home", &scratch, &restored);
+    home.start();
+    home.wait_promoted();
+    journal.assert_exactly_up_to(&home, last.id);
+    assert_eq!(home.query("show work_mem"), "7MB");
+    assert_eq!(home.query("show hba_file"), text(&restored.join("pg_hba.conf")));
+    assert_eq!(home.query("show external_pid_file"), "");
+}
+
+#[test]
+fn the_last_segment_of_a_timeline_that_was_left_serves_as_far_as_it_goes() {
+    let site = Site::new("partial");
+    let mut journal = Journal::create(&site.cluster);
+    journal.steps_on(&site.cluster, 2);
+    site.backup();
+    site.cluster.archive_all();
+    let mut standby = site.cluster.make_standby("standby");
+    standby.stop(StopMode::Fast);
+    standby.set("archive_mode", "on");
+    standby.start();
+    let last = journal.steps_on(&site.cluster, 3);
+    standby.wait_caught_up(&site.cluster);
+    let Site { scratch, waltide, archive, mut cluster } = site;
+    cluster.kill9();
+    standby.promote();
+    let mut other = journal.forked_after(last.id);
+    let newest = other.steps_on(&standby, 2);
+    standby.archive_all();
+    let partial = |p: &PathBuf| text(p).ends_with(".partial");
+    waltide_tests::poll_until("the .partial", std::time::Duration::from_secs(60), || {
+        snapshot(&archive).into_keys().find(partial)
+    });
+    standby.stop(StopMode::Fast);
+    let site = Site { scratch, waltide, archive, cluster };
+    let dry = site.scratch.fresh_path("dry");
+    let answer =
+        site.waltide.json(["restore", "--data-dir", text(&dry), "--target-timeline", "1", "--dry-run"]);
+    let segments = answer["plan"]["segments"].as_array().unwrap();
+    assert_eq!(segments.last().unwrap()["partial"], true, "{answer}");
+    for (name, timeline, journal, expected) in
+        [("old", "1", &journal, last.id), ("new", "latest", &other, newest.id)]
+    {
+        let mut found = site.restored(name, &["--archive-mode", "off", "--target-timeline", timeline]);
+        journal.assert_exactly_up_to(&found, expected);
+        found.stop(StopMode::Fast);
+    }
 }

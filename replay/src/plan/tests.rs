@@ -26,8 +26,10 @@ struct Rec {
     what: What,
     xid: u32,
     time: i64,
-    /// Whether it was put together when it was pushed, should it run over an edge.
+    /// Whether it was put together when the segment that it begins in was pushed, should it run over an edge.
     joined: bool,
+    /// Whether it was put together when the segment that it ends in was pushed.
+    head_joined: bool,
 }
 
 /// A log, as it is, and what an archive says of it.
@@ -74,6 +76,12 @@ fn events<'a>(records: impl Iterator<Item = &'a Rec>) -> Events {
 }
 
 impl Rec {
+    /// Whether the index of the segment `from..to` has it.
+    fn is_indexed_in(&self, from: u64, to: u64) -> bool {
+        let begins = from <= self.start && self.start < to && (self.end <= to || self.joined);
+        begins || (self.is_over(from) && self.head_joined)
+    }
+
     fn is_over(&self, edge: u64) -> bool {
         self.start < edge && self.end > edge
     }
@@ -89,10 +97,10 @@ impl World {
             let name = SegmentName::containing(timeline(1), lsn(from), size());
             let mut info = testing::info(SYSTEM, name, Ending::Full);
             let here: Vec<_> = records.iter().filter(|r| from <= r.start && r.start < to).collect();
-            let known: Vec<_> = here.iter().filter(|r| r.end <= to || r.joined).collect();
+            let known: Vec<_> = records.iter().filter(|r| r.is_indexed_in(from, to)).collect();
             let open = records.iter().find(|r| r.is_over(from));
             info.continued_bytes = open.map_or(0, |r| (r.end - from) as u32);
-            info.head_joined = open.is_some_and(|r| r.joined);
+            info.head_joined = open.is_some_and(|r| r.head_joined);
             info.first_record = here.first().map(|r| lsn(r.start));
             info.first_prev = here
                 .first()
@@ -112,7 +120,7 @@ impl World {
             let ends = || known.iter().filter(|r| matches!(r.what, What::Commit | What::Abort));
             info.min_time = ends().map(|r| moment(r.time)).min();
             info.max_time = ends().map(|r| moment(r.time)).max();
-            info.commits = ends().filter(|r| r.what == What::Commit).count() as u64;
+            info.commits = ends().filter(|r| r.what == What::Commit && r.start >= from).count() as u64;
             info.last_commit_time = ends().rfind(|r| r.what == What::Commit).map(|r| moment(r.time));
             let points = known.iter().filter_map(|r| match &r.what {
                 What::Point(name) => Some(name.clone()),
@@ -218,7 +226,7 @@ impl Source for World {
 
     async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, Self::Error> {
         let from = entry.info.name.start(size()).unwrap().get();
-        let known = |r: &&Rec| from <= r.start && r.start < from + MIB && (r.end <= from + MIB || r.joined);
+        let known = |r: &&Rec| r.is_indexed_in(from, from + MIB);
         Ok(Arc::new(events(self.records.iter().filter(known))))
     }
 
@@ -246,13 +254,13 @@ fn run_plan(world: &World, goal: &Goal) -> Result<Plan, PlanError> {
 
 prop_compose! {
     fn world()(
-        steps in proptest::collection::vec((8u64..90_000, 0u64..60_000, 0u8..12, 0i64..9, any::<bool>()), 30..120),
+        steps in proptest::collection::vec((8u64..90_000, 0u64..60_000, 0u8..12, 0i64..9, any::<(bool, bool)>()), 30..120),
         picks in proptest::collection::vec((any::<prop::sample::Index>(), 1usize..6), 1..4),
         missing in proptest::option::of(3u64..9),
     ) -> World {
         let mut at = 3 * MIB;
         let mut records: Vec<Rec> = Vec::new();
-        for (i, (len, _, kind, jitter, joined)) in steps.into_iter().enumerate() {
+        for (i, (len, _, kind, jitter, (joined, head_joined))) in steps.into_iter().enumerate() {
             let len = len & !7;
             let what = match kind {
                 0..=4 => What::Commit,
@@ -261,7 +269,7 @@ prop_compose! {
                 _ => What::Other,
             };
             let (xid, time) = (700 + i as u32, (i as i64 * 3 + jitter * 4) * 1_000_000);
-            let r = Rec { start: at, end: at + len.max(8), what, xid, time, joined };
+            let r = Rec { start: at, end: at + len.max(8), what, xid, time, joined, head_joined };
             // The fake puts one edge together at the most, as the archive's own joins do.
             at = r.end;
             records.push(r);
@@ -310,9 +318,11 @@ proptest! {
                 prop_assert!(starts.windows(2).all(|w| w[0] + MIB == w[1]), "a hole: {:?}", starts);
                 prop_assert!(starts[starts.len() - 1] + MIB >= plan.stop.read_to.get());
                 prop_assert!(plan.stop.lsn >= plan.consistent_lsn);
-                let last = world.records.iter().rfind(|r| {
-                    r.what == What::Commit && r.end <= at && r.start / MIB * MIB >= starts[0]
-                });
+                let known = |r: &&Rec| {
+                    r.start >= starts[0] || (r.is_over(starts[0]) && r.head_joined)
+                };
+                let commits = world.records.iter().filter(known).filter(|r| r.what == What::Commit);
+                let last = commits.filter(|r| r.end <= at).next_back();
                 prop_assert_eq!(plan.last_commit.map(|c| c.lsn), last.map(|r| lsn(r.end)));
             }
             (Err(PlanError::Unreachable(why)), None) => {
@@ -338,6 +348,7 @@ fn plain(backups: &[(usize, usize)], missing: &[u64]) -> World {
         xid: 700 + i as u32,
         time: i as i64 * 1_000_000,
         joined: true,
+        head_joined: true,
     };
     World::new((0..60).map(record).collect(), backups, missing)
 }
