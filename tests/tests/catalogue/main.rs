@@ -437,6 +437,64 @@ fn a_deleted_segment_of_a_real_cluster_is_named_by_status_and_verify() {
     waltide.ok(["status"]);
 }
 
+#[test]
+fn a_life_with_crashes_and_promotions_is_whole_in_the_eyes_of_status_and_verify() {
+    let scratch = Scratch::new("catalogue-life");
+    let archive = scratch.dir("archive");
+    let waltide =
+        Waltide::new(&scratch).archive(&archive).cluster("main").env("XDG_CACHE_HOME", scratch.dir("cache"));
+    let mut primary = Cluster::builder("db")
+        .scratch(&scratch)
+        .segment_mb(1)
+        .archive_command(&waltide.archive_command())
+        .create();
+    let backup = |cluster: &Cluster| {
+        waltide.json(["backup", "--data-dir", cluster.data_dir().to_str().unwrap()])["id"].clone()
+    };
+    waltide.ok(["init", "--data-dir", primary.data_dir().to_str().unwrap()]);
+    primary.start();
+    primary.pgbench_init(2);
+    let first = backup(&primary);
+    for _ in 0..2 {
+        let _load = primary.pgbench_background(&["-c", "2", "-T", "600"]);
+        primary.archive_all();
+        primary.kill9();
+        primary.start();
+    }
+    let mut standby = primary.make_standby("standby");
+    standby.set("archive_mode", "on");
+    standby.restart();
+    let load = primary.pgbench_background(&["-c", "2", "-T", "600"]);
+    primary.archive_all();
+    load.kill9();
+    standby.wait_caught_up(&primary);
+    standby.promote();
+    standby.pgbench(&["-c", "2", "-t", "500"]);
+    primary.archive_all();
+    let second = backup(&standby);
+    standby.archive_all();
+
+    let status = waltide.json(["status"]);
+    assert_eq!(status["holes"], serde_json::json!([]));
+    let windows: Vec<_> =
+        status["windows"].as_array().unwrap().iter().map(|w| (&w["timeline"], &w["backups"])).collect();
+    let both = serde_json::json!([first, second]);
+    let only_first = serde_json::json!([first]);
+    assert_eq!(windows, [(&1.into(), &only_first), (&2.into(), &both)]);
+    let found = waltide.json(["verify"]);
+    assert_eq!(found["faults"], serde_json::json!([]));
+    assert!(found["segments"].as_u64().unwrap() > 20, "{found}");
+
+    // Timeline 1 received WAL just now, so its base stays; on its own the first backup would go.
+    let planned = waltide.json(["prune", "--keep-count", "1", "--dry-run"]);
+    let kept: Vec<_> =
+        planned["backups"].as_array().unwrap().iter().map(|v| (&v["id"], &v["keep"])).collect();
+    assert_eq!(kept, [(&second, &true.into()), (&first, &true.into())]);
+    waltide.json(["prune", "--keep-count", "1", "--grace", "0"]);
+    waltide.ok(["status"]);
+    assert_eq!(waltide.json(["verify"])["faults"], serde_json::json!([]));
+}
+
 /// Every file below a directory, sorted.
 fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut files = Vec::new();
