@@ -503,6 +503,34 @@ fn nothing_is_refused_after_crashes() {
     let stored = site.stored(&cluster);
     assert!(stored.contains_key(&last));
     assert_chain(&stored);
+    let overwrites = stored.values().filter(|s| s.index.info.overwrites_contrecord).count();
+    println!("{overwrites} segments begin after an aborted record");
+}
+
+#[test]
+fn a_standby_that_archives_what_its_primary_archives_is_welcome() {
+    let site = Site::new("always");
+    let mut primary = site.create(site.builder("primary"));
+    primary.start();
+    primary.pgbench_init(1);
+    let mut standby = primary.make_standby("standby");
+    standby.set("archive_mode", "always");
+    standby.restart();
+    for _ in 0..3 {
+        primary.pgbench(&["-c", "2", "-t", "200"]);
+        // What a switch leaves void is the same on both.
+        primary.archive_all();
+    }
+    let last = primary.archive_all();
+    standby.wait_caught_up(&primary);
+    standby.wait_archived(&last);
+    for cluster in [&primary, &standby] {
+        let statistics = cluster.query("select archived_count > 5, failed_count from pg_stat_archiver");
+        assert_eq!(statistics, "t|0", "{}", cluster.log_tail());
+    }
+    let stored = site.stored(&primary);
+    assert_chain(&stored);
+    assert!(stored.keys().all(|name| !name.contains('@')), "{:?}", stored.keys());
 }
 
 /// The segments that PostgreSQL waits to have archived.
