@@ -610,6 +610,8 @@ fn watch_ships_the_backlog_and_what_follows_through_kills_and_an_archive_that_go
     }
     let running = watch();
     all_shipped("the backlog is shipped");
+    let second = site.waltide.fails(1, ["watch", "--data-dir", &data_dir]);
+    assert!(second.stderr.contains("pg_wal/archive_status is being watched already"), "{second:?}");
 
     // What becomes ready goes within less than a sweep, because it is notified.
     let started = Instant::now();

@@ -4,6 +4,7 @@
 //! PostgreSQL renames `.ready`: a segment counts as archived when its own run has said so, never because of this one.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _, future, stream};
 use waltide_format::WalFileName;
@@ -18,6 +19,10 @@ const RUN_BYTES_MAX: u64 = 1 << 30;
 /// Segments that are in memory at once take no more than this, each of them as it is and as it is stored.
 const MEMORY_BYTES_MAX: u64 = 512 << 20;
 
+/// How long a run waits for a resident shipper, and how often it looks.
+const HAND_OVER: Duration = Duration::from_secs(2);
+const HAND_OVER_STEP: Duration = Duration::from_millis(10);
+
 /// Ships `path`, and beside it what else is ready. A neighbour's failure is a warning, for its own run will tell. Where
 /// `path` is in the archive already, an earlier run has taken the neighbours along.
 pub(crate) async fn push_with_neighbours(
@@ -25,11 +30,26 @@ pub(crate) async fn push_with_neighbours(
     path: &Path,
     threads: usize,
 ) -> Result<Pushed, PushError> {
-    let arrival = match shipper.look(path, threads).await? {
+    let mut arrival = match shipper.look(path, threads).await? {
         Looked::Done(pushed) => return Ok(pushed),
         Looked::Missing(arrival) => arrival,
     };
     let dir = WalDir::of(path);
+    if dir.is_watched() {
+        // A resident shipper is at it. Where it does not manage, this run does, and says why it cannot.
+        let until = Instant::now().checked_add(HAND_OVER);
+        while until.is_some_and(|until| Instant::now() < until) {
+            if shipper.has_appeared(&arrival).await? {
+                match shipper.look(path, threads).await? {
+                    Looked::Done(pushed) => return Ok(pushed),
+                    Looked::Missing(again) => arrival = again,
+                }
+                break;
+            }
+            tokio::time::sleep(HAND_OVER_STEP).await;
+        }
+        return shipper.store(*arrival, threads).await;
+    }
     let own = arrival.name();
     let chosen = {
         let dir = dir.clone();

@@ -503,6 +503,11 @@ impl Shipper {
         Err(PushError::Differs { name, object })
     }
 
+    /// Whether something lies under a name that was free when it was looked at.
+    pub(crate) async fn has_appeared(&self, arrival: &Arrival) -> Result<bool, PushError> {
+        Ok(arrival.is_free && self.0.archive.head(&arrival.object).await?.is_some())
+    }
+
     /// The digest of the WAL that is stored as `object`, if there is such an object.
     async fn stored_digest(&self, object: &str) -> Result<Option<[u8; 32]>, PushError> {
         let mut wanted = DIRECTORY_BYTES;

@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use waltide_format::engines::postgres::cluster::{ControlFile, History};
 use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader};
 use waltide_format::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId, WalFileName};
@@ -16,6 +19,9 @@ pub(crate) const TEXT_BYTES_MAX: u64 = 1 << 20;
 
 /// How much of a segment's end is read first: a page behind whose header a record starts is nearly always there.
 const ENDS_BYTES: usize = 128 << 10;
+/// How often and at what distance the place of the resident shipper is asked for.
+const LOCK_TRIES: u32 = 20;
+const LOCK_STEP: Duration = Duration::from_millis(10);
 /// Less than this is not worth a thread.
 const READ_BYTES_MIN: usize = 4 << 20;
 
@@ -72,6 +78,29 @@ impl WalDir {
     pub(crate) fn history(&self, timeline: TimelineId) -> Option<History> {
         let text = read_whole(&self.file(WalFileName::History(timeline)), TEXT_BYTES_MAX).ok()?;
         History::parse(timeline, &text).ok()
+    }
+
+    /// Takes the place of the one resident shipper; none where another has it. It ends with the file, whatever ends the
+    /// process, and nothing is written into the data directory for it.
+    pub(crate) fn lock(&self) -> io::Result<Option<File>> {
+        let status = File::open(self.archive_status())?;
+        for _ in 0..LOCK_TRIES {
+            match flock(&status, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Some(status)),
+                // It may also be a push that only asks, which takes no time.
+                Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_STEP),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a resident shipper works here. A file system without locks says no.
+    pub(crate) fn is_watched(&self) -> bool {
+        let status = File::open(self.archive_status());
+        status.is_ok_and(|status| {
+            flock(&status, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+        })
     }
 
     /// What PostgreSQL waits to have archived, in the order in which it would ask: histories first, then by name.
@@ -191,6 +220,11 @@ mod tests {
             ]
         );
         assert!(dir.is_ready("00000002.history".parse().unwrap()));
+        assert!(!dir.is_watched());
+        let lock = dir.lock().unwrap();
+        assert!(lock.is_some() && dir.is_watched() && dir.lock().unwrap().is_none());
+        drop(lock);
+        assert!(!dir.is_watched());
         assert!(!dir.is_ready("000000010000000000000001".parse().unwrap()));
     }
 

@@ -49,10 +49,22 @@ pub struct Watched {
 
 /// Why there is nothing to watch.
 #[derive(Debug, thiserror::Error)]
-#[error("{} cannot be watched\nhint: --data-dir names the directory with pg_wal/archive_status", path.display())]
-pub struct WatchError {
-    path: PathBuf,
-    source: std::io::Error,
+#[non_exhaustive]
+pub enum WatchError {
+    /// The directory is not there or closed to us.
+    #[error("{} cannot be watched\nhint: --data-dir names the directory with pg_wal/archive_status", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// Another resident shipper works there.
+    #[error("{} is being watched already\nhint: one `waltide watch` is enough, it works in parallel", path.display())]
+    Watched {
+        /// The directory.
+        path: PathBuf,
+    },
 }
 
 /// A failure that is waited out.
@@ -83,7 +95,15 @@ pub async fn watch(
 ) -> Result<Watched, WatchError> {
     let dir = WalDir::new(request.data_dir.join("pg_wal"));
     let status = dir.archive_status();
-    std::fs::read_dir(&status).map_err(|source| WatchError { path: status.clone(), source })?;
+    std::fs::read_dir(&status).map_err(|source| WatchError::Directory { path: status.clone(), source })?;
+    let _lock = match dir.lock() {
+        Ok(Some(lock)) => Some(lock),
+        Ok(None) => return Err(WatchError::Watched { path: status }),
+        Err(e) => {
+            tracing::debug!("{} cannot be locked: {e}", status.display());
+            None
+        }
+    };
     let (tell, mut told) = mpsc::channel::<()>(1);
     // One message that waits is enough: whoever reads it looks at everything.
     let notified = notify::recommended_watcher(move |_| {
