@@ -519,3 +519,21 @@ fn what_the_backup_waits_for_is_said() {
     let refused = site.waltide.fails(2, site.backup_args(&cluster, &["--type", "incremental"]));
     assert!(refused.stderr.contains("invalid value 'incremental'"), "{refused:?}");
 }
+
+#[test]
+fn a_backup_whose_wal_is_damaged_in_the_archive_is_none() {
+    let site = Site::new("backup-bad-wal");
+    let cluster = site.start(|b| b);
+    cluster.query("create table t as select generate_series(1, 1000) as id");
+    cluster.archive_all();
+    // From here on every segment is changed on its way, and admitted by force.
+    let place = site.scratch.dir("changed");
+    let place = place.display();
+    let push = site.waltide.archive_command().replace(" push %p", &format!(" push --force-admit {place}/%f"));
+    let change = format!("printf XXXX | dd of={place}/%f bs=1 seek=100 conv=notrunc status=none");
+    cluster.set("archive_command", &format!("cp %p {place}/%f && {change} && {push}"));
+    cluster.reload();
+    let refused = site.waltide.fails(3, site.backup_args(&cluster, &[]));
+    assert!(refused.stderr.contains("which was admitted with a fault at "), "{refused:?}");
+    assert_eq!(site.stored(&cluster).backups().0, []);
+}

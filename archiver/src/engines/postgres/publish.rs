@@ -9,7 +9,7 @@ use waltide_format::archive::{
 };
 use waltide_format::engines::postgres::cluster::ControlFile;
 use waltide_format::{
-    BackupId, Corrupt, Lsn, PgMajor, SegmentName, SegmentSize, SystemId, TimelineId, TimestampTz,
+    BackupId, Corrupt, Lsn, PgMajor, SegmentName, SegmentSize, SystemId, TimelineId, TimestampTz, WalFileName,
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
@@ -254,7 +254,8 @@ impl Destination {
         Ok(())
     }
 
-    /// Whether a copy of the segment, up to `stop` where it lies inside, is in the archive and can be used.
+    /// Whether a copy of the segment, up to `stop` where it lies inside, is in the archive and can be used. A copy that
+    /// ends too early may have a longer one to come; one that is damaged, or was admitted with a fault, is the end.
     pub(super) async fn has_segment(
         &self,
         timelines: &[TimelineId],
@@ -264,52 +265,45 @@ impl Destination {
         let mut unusable = None;
         for timeline in timelines {
             let name = segment.on(*timeline);
-            let path = self.system.wal_file(waltide_format::WalFileName::Segment(name));
+            let path = self.system.wal_file(WalFileName::Segment(name));
             let Some(object) = self.archive.head(&path).await? else { continue };
-            match read_segment(&self.archive, &object).await? {
-                None => continue,
-                Some(Err(why)) => {
-                    unusable =
-                        Some(PublishError::WalUnusable { path, why: format!("which is damaged: {why}") })
+            let mut copies = vec![object];
+            let mut listed = false;
+            while let Some(object) = copies.pop() {
+                match read_segment(&self.archive, &object).await? {
+                    None => {}
+                    Some(Err(why)) => unusable = Some((object.path, format!("which is damaged: {why}"))),
+                    Some(Ok(entry)) => match self.fault(&entry, name) {
+                        Some(why) => unusable = Some((object.path, why)),
+                        None if self.reaches(&entry, name, stop) => return Ok(true),
+                        None => {}
+                    },
                 }
-                Some(Ok(entry)) => match self.shortcoming(&entry, name, stop) {
-                    None => return Ok(true),
-                    Some(why) => unusable = Some(PublishError::WalUnusable { path, why }),
-                },
-            }
-            // A longer copy may lie beside it.
-            let listing = self.archive.list_names(&self.system.timeline(*timeline)).await?;
-            let beside = self.system.wal_file(waltide_format::WalFileName::Segment(name));
-            for object in listing
-                .objects
-                .iter()
-                .filter(|o| o.path.strip_prefix(&beside).is_some_and(|rest| rest.starts_with('@')))
-            {
-                if let Some(Ok(entry)) = read_segment(&self.archive, object).await?
-                    && self.shortcoming(&entry, name, stop).is_none()
-                {
-                    return Ok(true);
+                if !listed {
+                    // Longer copies lie beside it; they are rare, and so looked for only where this one does not serve.
+                    listed = true;
+                    let beside = format!("{path}@");
+                    let listing = self.archive.list_names(&self.system.timeline(*timeline)).await?;
+                    copies.extend(listing.objects.into_iter().filter(|o| o.path.starts_with(&beside)));
                 }
             }
         }
-        unusable.map_or(Ok(false), Err)
+        unusable.map_or(Ok(false), |(path, why)| Err(PublishError::WalUnusable { path, why }))
     }
 
-    /// Why a stored segment cannot serve for the WAL up to `stop`.
-    fn shortcoming(&self, entry: &SegmentEntry, name: SegmentName, stop: Lsn) -> Option<String> {
-        let info = &entry.info;
+    /// Why a stored segment cannot serve at all.
+    fn fault(&self, entry: &SegmentEntry, name: SegmentName) -> Option<String> {
+        if entry.info.name != name {
+            return Some(format!("which holds {}", entry.info.name));
+        }
+        entry.faults.first().map(|fault| format!("which was admitted with a fault at {}", fault.at))
+    }
+
+    /// Whether a stored segment holds all WAL up to `stop`, or all that a segment can hold.
+    fn reaches(&self, entry: &SegmentEntry, name: SegmentName, stop: Lsn) -> bool {
+        let whole = matches!(entry.info.ending, Ending::Full | Ending::Switch);
         let end = name.end(self.segment_size).unwrap_or(Lsn::MAX);
-        let whole = matches!(info.ending, Ending::Full | Ending::Switch);
-        if info.name != name {
-            return Some(format!("which holds {}", info.name));
-        }
-        if let Some(fault) = entry.faults.first() {
-            return Some(format!("which was admitted with a fault at {}", fault.at));
-        }
-        if info.valid_end >= stop || (whole && stop > end) {
-            return None;
-        }
-        Some(format!("whose records end at {}, before {}", info.valid_end, stop.min(end)))
+        entry.info.valid_end >= stop || (whole && stop > end)
     }
 }
 
