@@ -314,6 +314,15 @@ fn a_drill_touches_nothing_outside_its_scratch_place() {
     let notes = drill["notes"].to_string();
     assert!(notes.contains(after.to_str().unwrap()), "{notes}");
 
+    // A restore that is kept follows the WAL, but not over what is there.
+    let elsewhere = site.scratch.join("elsewhere");
+    let map = format!("{}={}", before.display(), site.scratch.join("moved").display());
+    let args = ["restore", "--data-dir", elsewhere.to_str().unwrap(), "--tablespace-map", &map];
+    let refused = site.waltide.fails(1, args);
+    assert!(refused.stderr.contains(&format!("{} is not empty", after.display())), "{}", refused.describe());
+    assert_eq!(world, [&outside, &before, &after, &cluster.data_dir().to_owned()].map(|dir| snapshot(dir)));
+    assert!(!elsewhere.exists());
+
     // The cluster it was taken from still goes on where it was.
     cluster.start();
     cluster.wait_until("select max(x) = 3 from t");

@@ -8,7 +8,7 @@ use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind
 use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
 use waltide_replay::engines::postgres::{
     Actions, ArchivedIndexes, Outcome, Owner, Restore, RestoreError, RestoreOptions, Restored, Server,
-    restore_command,
+    made_tablespaces, restore_command,
 };
 use waltide_replay::{Goal, Plan, PlanError, Rates, Target, TargetAction, TargetTimeline, plan};
 use waltide_storage::Archive;
@@ -158,9 +158,15 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let (archive, layout) = (context.archive().await?, context.layout()?);
     let catalog = context.catalog(&archive, &layout).await?;
     let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
+    let made = made_tablespaces(&archive, &catalog, &plan).await;
+    let made = made.map_err(|e| {
+        let status = if e.is_damage() { 3 } else { 1 };
+        Failure::from(e).status(status)
+    })?;
     let options = RestoreOptions {
         data_dir: args.data_dir,
         tablespace_map: args.tablespace_map,
+        made,
         allow_clear: args.allow_clear || context.env("BACKUP_ALLOW_CLEAR").is_some_and(|v| v == "true"),
         delta: args.delta,
         standby: args.standby,

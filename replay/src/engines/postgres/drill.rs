@@ -11,7 +11,7 @@ use waltide_format::archive::{
 use waltide_format::engines::postgres::cluster::ControlFile;
 use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, SHORT_HEADER_BYTES};
 use waltide_format::{BLOCK_BYTES, BackupId, Lsn, SegmentSize, TimelineId, TimestampTz, Xid};
-use waltide_storage::{Archive, Progress, StorageError};
+use waltide_storage::{Archive, Progress};
 
 use super::conf_file::Settings;
 use super::indexes::{ArchivedIndexes, SearchError};
@@ -130,9 +130,11 @@ impl DrillError {
     pub fn verdict(&self) -> DrillVerdict {
         let archive = match self {
             Self::Plan(PlanError::Goal(_) | PlanError::UnknownBackup { .. }) => false,
-            Self::Plan(PlanError::Source(e)) => e.downcast_ref::<SearchError>().is_none_or(|e| !is_way_to(e)),
+            Self::Plan(PlanError::Source(e)) => {
+                e.downcast_ref::<SearchError>().is_none_or(SearchError::is_damage)
+            }
             Self::Plan(_) | Self::Control(_) => true,
-            Self::Search(e) => !is_way_to(e),
+            Self::Search(e) => e.is_damage(),
             Self::Restore(e) => e.is_damage(),
             Self::Scratch(ScratchError::Ended { recovering, log, .. }) => {
                 *recovering && !log.contains("No space left on device")
@@ -350,6 +352,8 @@ impl Drill<'_> {
         let options = RestoreOptions {
             data_dir: place.data_dir(),
             tablespace_map: moved.collect(),
+            // The path of those is taken out of the WAL.
+            made: Vec::new(),
             allow_clear: false,
             delta: false,
             standby: false,
@@ -691,18 +695,6 @@ fn is_true(value: &str) -> bool {
         "t" | "true" => true,
         number => number.parse::<f64>().is_ok_and(|n| n.is_finite() && n != 0.0),
     }
-}
-
-fn is_way_to(e: &SearchError) -> bool {
-    matches!(e, SearchError::Storage(e) if is_way_to_archive(e))
-}
-
-/// Whether the way to the archive did not work, rather than the archive.
-fn is_way_to_archive(e: &StorageError) -> bool {
-    !matches!(
-        e,
-        StorageError::NotFound { .. } | StorageError::TooLarge { .. } | StorageError::OutOfRange { .. }
-    )
 }
 
 /// Draws `count` targets that the archive should be able to reach: commits, called by their transaction, their time

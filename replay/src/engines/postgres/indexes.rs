@@ -41,6 +41,21 @@ pub enum SearchError {
     },
 }
 
+impl SearchError {
+    /// Whether the archive is at fault, rather than the way to it.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Storage(e) => matches!(
+                e,
+                StorageError::NotFound { .. }
+                    | StorageError::TooLarge { .. }
+                    | StorageError::OutOfRange { .. }
+            ),
+            Self::Damaged { .. } | Self::Wal { .. } => true,
+        }
+    }
+}
+
 /// Reads indexes out of an archive.
 #[derive(Debug, Clone)]
 pub struct ArchivedIndexes {

@@ -25,3 +25,4 @@ pub use restore::{
 };
 pub use scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 pub use start::{Outcome, Server, ServerState, StartError};
+pub use tablespaces::made_tablespaces;

@@ -5,12 +5,14 @@ use std::path::Path;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::Lsn;
-use waltide_format::archive::{FileEventKind, Run, Step};
+use waltide_format::archive::{Catalog, FileEventKind, Run, Step, Tablespace};
 use waltide_format::engines::postgres::wal::{
     RedirectedTablespace, SegmentBytes, TablespaceRecord, make_tablespace_in_place,
 };
+use waltide_storage::Archive;
 
 use super::indexes::{ArchivedIndexes, SearchError};
+use crate::plan::Plan;
 
 /// How many indexes are read at once.
 const AT_ONCE: usize = 8;
@@ -24,6 +26,19 @@ pub(crate) struct Redirected {
     pub(crate) tablespaces: Vec<RedirectedTablespace>,
 }
 
+/// The tablespaces that recovery to a plan's stop will make, wherever the WAL says: not moved by any mapping.
+pub async fn made_tablespaces(
+    archive: &Archive,
+    catalog: &Catalog,
+    plan: &Plan,
+) -> Result<Vec<Tablespace>, SearchError> {
+    let run = catalog.run(&plan.lineage, plan.start_lsn);
+    let indexes = ArchivedIndexes::new(archive.clone());
+    let found = creations(&indexes, &run, plan.start_lsn, plan.stop.read_to).await?;
+    // One without a path lies in the data directory.
+    Ok(found.into_iter().map(|c| c.tablespace).filter(|t| !t.path.is_empty()).collect())
+}
+
 /// Finds every CREATE TABLESPACE record that begins in `from..until` along `run`, and takes its path out.
 pub(crate) async fn redirect(
     indexes: &ArchivedIndexes,
@@ -32,46 +47,77 @@ pub(crate) async fn redirect(
     until: Lsn,
 ) -> Result<Redirected, SearchError> {
     let mut found = Redirected { segments: BTreeMap::new(), tablespaces: Vec::new() };
-    let steps: Vec<_> = run.steps.iter().take_while(|step| step.start() < until).collect();
-    let following = run.steps.iter().map(Some).skip(1).chain([None]);
-    let pairs: Vec<_> = steps.into_iter().zip(following).collect();
-    let looked = stream::iter(&pairs).map(|(step, next)| creations(indexes, step, *next)).buffered(AT_ONCE);
-    let starts: Vec<_> = looked.try_collect().await?;
-    for ((step, next), starts) in pairs.iter().zip(starts) {
-        for record in starts {
-            if from <= record && record < until.min(step.usable_end) {
-                change(indexes, step, *next, record, &mut found).await?;
-            }
+    for creation in creations(indexes, run, from, until).await? {
+        let next = run.steps.get(creation.step.saturating_add(1));
+        if let Some(step) = run.steps.get(creation.step) {
+            change(indexes, step, next, creation.record, &mut found).await?;
         }
     }
     Ok(found)
 }
 
-/// Where the CREATE TABLESPACE records that begin in a segment start.
+/// A CREATE TABLESPACE record.
+#[derive(Debug)]
+struct Creation {
+    /// The step of the run that it begins in.
+    step: usize,
+    record: Lsn,
+    tablespace: Tablespace,
+}
+
+/// The CREATE TABLESPACE records that begin in `from..until` along `run`.
 async fn creations(
+    indexes: &ArchivedIndexes,
+    run: &Run<'_>,
+    from: Lsn,
+    until: Lsn,
+) -> Result<Vec<Creation>, SearchError> {
+    let steps: Vec<_> = run.steps.iter().take_while(|step| step.start() < until).collect();
+    let following = run.steps.iter().map(Some).skip(1).chain([None]);
+    let pairs: Vec<_> = steps.into_iter().zip(following).collect();
+    let looked = stream::iter(&pairs).map(|(step, next)| made_in(indexes, step, *next)).buffered(AT_ONCE);
+    let made: Vec<_> = looked.try_collect().await?;
+    let mut found = Vec::new();
+    for (i, ((step, _), made)) in pairs.iter().zip(made).enumerate() {
+        let here = |record: Lsn| from <= record && record < until.min(step.usable_end);
+        let made = made.into_iter().filter(|(record, _)| here(*record));
+        found.extend(made.map(|(record, tablespace)| Creation { step: i, record, tablespace }));
+    }
+    Ok(found)
+}
+
+/// The CREATE TABLESPACE records that begin in a segment.
+async fn made_in(
     indexes: &ArchivedIndexes,
     step: &Step<'_>,
     next: Option<&Step<'_>>,
-) -> Result<Vec<Lsn>, SearchError> {
+) -> Result<Vec<(Lsn, Tablespace)>, SearchError> {
     let index = indexes.index(step.entry).await?;
-    let made = |kind: &FileEventKind| matches!(kind, FileEventKind::TablespaceCreate { .. });
-    let mut starts: Vec<_> = index.file_events.iter().filter(|e| made(&e.kind)).map(|e| e.start).collect();
+    let made = index.file_events.into_iter().filter_map(|e| match e.kind {
+        FileEventKind::TablespaceCreate { spc_oid, path } => {
+            Some((e.start, Tablespace { oid: spc_oid, path }))
+        }
+        _ => None,
+    });
+    let mut made: Vec<_> = made.collect();
     // What was not put together when it was indexed is in no index.
-    if let Some(pending) = index.info.pending.filter(|p| !p.joined)
+    if index.info.pending.is_some_and(|p| !p.joined)
         && let Some(next) = next
     {
         let edge = next.start();
         let pair = [step.entry, next.entry];
         let over = indexes.records(&pair, move |record| {
-            let creates =
-                matches!(TablespaceRecord::decode(record), Some(Ok(TablespaceRecord::Create { .. })));
-            (record.end > edge).then_some(creates && record.start < edge)
+            let create = match TablespaceRecord::decode(record) {
+                Some(Ok(TablespaceRecord::Create { spc_oid, path })) if record.start < edge => {
+                    Some((record.start, Tablespace { oid: spc_oid, path }))
+                }
+                _ => None,
+            };
+            (record.end > edge).then_some(create)
         });
-        if over.await? == Some(true) {
-            starts.push(pending.start);
-        }
+        made.extend(over.await?.flatten());
     }
-    Ok(starts)
+    Ok(made)
 }
 
 async fn change(

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
-use waltide_format::archive::{ExtentMap, Manifest, SystemLayout};
+use waltide_format::archive::{ExtentMap, Manifest, SystemLayout, Tablespace};
 use waltide_format::{BackupId, Corrupt, WalFileName};
 use waltide_storage::{Archive, Progress, StorageError};
 
@@ -42,6 +42,8 @@ pub struct RestoreOptions {
     pub data_dir: PathBuf,
     /// Where tablespaces go: old path or OID, new path.
     pub tablespace_map: Vec<(String, PathBuf)>,
+    /// Tablespaces that recovery makes where the WAL says ([`super::made_tablespaces`]).
+    pub made: Vec<Tablespace>,
     /// Whether what is there may be deleted.
     pub allow_clear: bool,
     /// Whether what is there already is kept where it is the same.
@@ -513,7 +515,8 @@ fn actions(
     if let Some(pid) = place::running_server(data_dir)? {
         return Err(PlaceError::Running { path: data_dir.clone(), pid }.into());
     }
-    let tablespaces = place::map_tablespaces(&manifest.tablespaces, &options.tablespace_map, data_dir)?;
+    let (made, map) = (&options.made, &options.tablespace_map);
+    let tablespaces = place::map_tablespaces(&manifest.tablespaces, made, map, data_dir)?;
     let owner = place::owner(data_dir, options.owner)?;
     let unfinished = data_dir.join(MARKER).exists();
     let delta = options.delta || unfinished;
@@ -534,8 +537,11 @@ fn actions(
             .filter_map(|d| d.path.strip_prefix(&link)?.strip_prefix('/')?.split('/').next())
             .collect();
         let found = place::contents(&t.to)?;
-        let mine =
-            |d: &Deletion| d.path.file_name().and_then(|n| n.to_str()).is_some_and(|n| own.contains(n));
+        // What the WAL makes fills the directory of its major version.
+        let version = format!("PG_{}_", plan.major);
+        let is_made = !manifest.tablespaces.iter().any(|m| m.oid == t.oid);
+        let ours = |n: &str| own.contains(n) || (is_made && n.starts_with(&version));
+        let mine = |d: &Deletion| d.path.file_name().and_then(|n| n.to_str()).is_some_and(ours);
         if !found.is_empty() && !options.allow_clear && !unfinished {
             return Err(not_empty(&t.to, &found));
         }

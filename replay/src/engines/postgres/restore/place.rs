@@ -154,22 +154,34 @@ pub(super) fn io_at(path: &Path) -> impl FnOnce(io::Error) -> PlaceError + '_ {
     |source| PlaceError::Io { path: path.to_owned(), source }
 }
 
-/// Where each tablespace goes. A mapping's left side is the old path or the OID.
+/// Where each tablespace goes. A mapping's left side is the old path or the OID. Those that recovery makes go where the
+/// WAL says: someone else's files there are as much in the way as anywhere.
 pub(super) fn map_tablespaces(
     tablespaces: &[Tablespace],
+    made: &[Tablespace],
     map: &[(String, PathBuf)],
     data_dir: &Path,
 ) -> Result<Vec<Placed>, PlaceError> {
     let means = |t: &Tablespace, from: &str| t.path == from || t.oid.to_string() == from;
     if let Some((from, _)) = map.iter().find(|(from, _)| !tablespaces.iter().any(|t| means(t, from))) {
+        if let Some(t) = made.iter().find(|t| means(t, from)) {
+            return Err(made_there(t));
+        }
         let known: Vec<_> = tablespaces.iter().map(|t| t.path.as_str()).collect();
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
         return Err(PlaceError::NoSuchTablespace { from: from.clone(), known });
     }
     let mut placed: Vec<Placed> = Vec::new();
-    for tablespace in tablespaces {
-        let mapped = map.iter().rev().find(|(from, _)| means(tablespace, from));
+    let moved = tablespaces.iter().map(|t| (t, map.iter().rev().find(|(from, _)| means(t, from))));
+    for (tablespace, mapped) in moved.chain(made.iter().map(|t| (t, None))) {
         let to = mapped.map_or_else(|| PathBuf::from(&tablespace.path), |(_, to)| to.clone());
+        if placed.iter().any(|p| p.oid == tablespace.oid && p.to != to) {
+            return Err(made_there(tablespace));
+        }
+        // Made while the backup ran, or dropped and made again: one place all the same.
+        if placed.iter().any(|p| p.from == tablespace.path && p.to == to) {
+            continue;
+        }
         let refuse = |why| Err(PlaceError::Tablespace { oid: tablespace.oid, path: to.clone(), why });
         let plain = to.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
         if !to.is_absolute() || !plain || to.parent().is_none() {
@@ -184,6 +196,11 @@ pub(super) fn map_tablespaces(
         placed.push(Placed { oid: tablespace.oid, from: tablespace.path.clone(), to });
     }
     Ok(placed)
+}
+
+fn made_there(t: &Tablespace) -> PlaceError {
+    let why = "the WAL makes it where it lay, and replay follows no mapping; a later backup can be moved";
+    PlaceError::Tablespace { oid: t.oid, path: PathBuf::from(&t.path), why }
 }
 
 /// The server that runs on a data directory, if one does. A postmaster.pid that was left behind names a process
@@ -362,7 +379,7 @@ mod tests {
 
     fn mapped(map: &[(&str, &str)]) -> Result<Vec<PathBuf>, String> {
         let map: Vec<_> = map.iter().map(|(a, b)| ((*a).to_owned(), PathBuf::from(b))).collect();
-        let placed = map_tablespaces(&spaces(), &map, Path::new("/data"));
+        let placed = map_tablespaces(&spaces(), &[], &map, Path::new("/data"));
         placed.map(|p| p.into_iter().map(|p| p.to).collect()).map_err(|e| e.to_string())
     }
 
@@ -386,6 +403,27 @@ mod tests {
         ] {
             let err = mapped(&[("16401", to)]).unwrap_err();
             assert_eq!(err, format!("tablespace 16401 cannot be put at {to}: {why}"));
+        }
+    }
+
+    #[test]
+    fn a_tablespace_that_the_wal_makes_goes_where_the_wal_says_and_is_not_moved() {
+        let made = |oid, path: &str| [Tablespace { oid, path: path.into() }];
+        let place = |made: &[Tablespace], map: &[(&str, &str)]| {
+            let map: Vec<_> = map.iter().map(|(a, b)| ((*a).to_owned(), PathBuf::from(b))).collect();
+            let placed = map_tablespaces(&spaces(), made, &map, Path::new("/data"));
+            placed
+                .map(|p| p.into_iter().map(|p| p.to.display().to_string()).collect::<Vec<_>>().join(" "))
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(place(&made(16500, "/ts/c"), &[]).unwrap(), "/ts/a /ts/b /ts/c");
+        assert_eq!(place(&made(16401, "/ts/b"), &[]).unwrap(), "/ts/a /ts/b", "made while the backup ran");
+        assert_eq!(place(&made(16500, "/ts/b"), &[]).unwrap(), "/ts/a /ts/b", "dropped and made again");
+        assert_eq!(place(&made(16500, "/ts/b"), &[("/ts/b", "/x")]).unwrap(), "/ts/a /x /ts/b");
+        for (made, map) in [(made(16500, "/ts/c"), ("/ts/c", "/x")), (made(16401, "/ts/b"), ("/ts/b", "/x"))]
+        {
+            let error = place(&made, &[map]).unwrap_err();
+            assert!(error.contains("replay follows no mapping"), "{error}");
         }
     }
 

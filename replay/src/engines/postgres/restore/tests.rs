@@ -154,6 +154,7 @@ impl Site {
         RestoreOptions {
             data_dir: self.data_dir(),
             tablespace_map: vec![],
+            made: Vec::new(),
             allow_clear: false,
             delta: false,
             standby: false,
