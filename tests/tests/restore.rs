@@ -480,6 +480,40 @@ fn fetch_tells_postgresql_only_what_is_sure() {
     assert_eq!(elsewhere(Path::new("/nonexistent")), 1);
     fs::remove_file(data_dir.join("standby.signal")).unwrap();
 
+    // The next ones are brought by a process that nobody waits for, and taken where the archive is gone.
+    let mut segments: Vec<_> = snapshot(&site.archive)
+        .into_keys()
+        .filter_map(|p| Some(p.file_name()?.to_str()?.to_owned()).filter(|n| n.len() == 24))
+        .collect();
+    segments.sort();
+    let place = site.scratch.dir("place");
+    for dir in ["place/pg_wal", "place/global"] {
+        site.scratch.dir(dir);
+    }
+    site.scratch.file("place/PG_VERSION", "15\n");
+    site.scratch.file("place/global/pg_control", fs::read(data_dir.join("global/pg_control")).unwrap());
+    let recover = |waltide: &Waltide, name: &str| {
+        waltide.clone().current_dir(&place).run(["fetch", name, "pg_wal/RECOVERYXLOG"]).status
+    };
+    assert_eq!(recover(&site.waltide, &segments[0]), 0);
+    let queue = place.join("pg_wal/waltide-queue");
+    waltide_tests::poll_until("the queue to fill", std::time::Duration::from_secs(60), || {
+        let entries = fs::read_dir(&queue).ok()?.flatten();
+        let names: Vec<_> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
+        let waits = |s: &String| names.iter().any(|n| n.starts_with(s.as_str()) && !n.contains("tmp"));
+        segments[1..4].iter().all(waits).then_some(())
+    });
+    let away = site.scratch.fresh_path("away");
+    fs::rename(&site.archive, &away).unwrap();
+    fs::create_dir(&site.archive).unwrap();
+    for name in &segments[1..4] {
+        assert_eq!(recover(&site.waltide, name), 0);
+        assert_eq!(fs::metadata(place.join("pg_wal/RECOVERYXLOG")).unwrap().len(), 1 << 20);
+    }
+    assert_eq!(recover(&site.waltide, &segments[1]), 126, "what was taken is gone from the queue");
+    fs::remove_dir(&site.archive).unwrap();
+    fs::rename(&away, &site.archive).unwrap();
+
     // One byte of the stored segment.
     let mut found =
         snapshot(&site.archive).into_keys().filter(|p| p.file_name().unwrap().to_str() == Some(&segment));
@@ -538,8 +572,7 @@ fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
     scratch.dir("etc/conf.d");
     scratch.file("etc/conf.d/10-mine.conf", "work_mem = '7MB'\n");
     waltide.ok(["init", "--data-dir", text(&data_dir)]);
-    let mut server =
-        cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(&scratch, "postgres");
+    let server = cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(&scratch, "postgres");
     let cluster = waltide_tests::poll_until("the server", std::time::Duration::from_secs(60), || {
         let found = Cluster::attach("db", &scratch, &data_dir).ok()?;
         found.sql("postgres", "select 1").is_ok().then_some(found)

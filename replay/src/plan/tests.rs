@@ -321,8 +321,8 @@ proptest! {
                 let known = |r: &&Rec| {
                     r.start >= starts[0] || (r.is_over(starts[0]) && r.head_joined)
                 };
-                let commits = world.records.iter().filter(known).filter(|r| r.what == What::Commit);
-                let last = commits.filter(|r| r.end <= at).next_back();
+                let mut commits = world.records.iter().filter(known).filter(|r| r.what == What::Commit);
+                let last = commits.rfind(|r| r.end <= at);
                 prop_assert_eq!(plan.last_commit.map(|c| c.lsn), last.map(|r| lsn(r.end)));
             }
             (Err(PlanError::Unreachable(why)), None) => {
