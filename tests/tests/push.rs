@@ -323,6 +323,17 @@ fn a_fault_is_archived_only_when_that_is_forced_and_is_noted() {
     let stored = &lab.site.stored(&lab.cluster)[name];
     assert_eq!(stored.index.info.ending, Ending::Fault);
     assert_eq!(stored.index.faults[0].message, "it has 100000 bytes, a segment has 1048576");
+    assert!(stored.index.info.records > 0);
+    // Force changes nothing where nothing is wrong.
+    for name in [lab.segments[8].clone(), format!("{}.partial", lab.segments[8])] {
+        let mut bytes = lab.wal(8);
+        if name.ends_with(".partial") {
+            bytes[8192 * 50..].fill(0);
+        }
+        let path = lab.file(&name, &bytes);
+        let pushed = lab.site.waltide.json(["push", path.to_str().unwrap(), "--force-admit"]);
+        assert_eq!(pushed["faults"], serde_json::json!([]), "{pushed}");
+    }
     let alone = lab.file(&lab.segments[6], &[7; 1 << 20]);
     lab.site.waltide.fails(1, ["push", alone.to_str().unwrap(), "--force-admit"]);
     let beside_others = alone.with_file_name(&lab.segments[7]);

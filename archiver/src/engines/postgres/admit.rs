@@ -121,7 +121,11 @@ impl Admission {
         let start = self.segment.start(size).ok_or(nameless.clone())?;
         let span = SegmentSpan::containing(start, size).ok_or(nameless)?;
         if let Err(why) = self.check_shape(wal, span) {
-            return self.only_if_forced(wal, span, why);
+            // A segment cut short still has the records of its beginning.
+            let is_cut = matches!(why, Refusal::Length { found, expected } if found < expected);
+            if !(self.force && is_cut) {
+                return self.only_if_forced(wal, span, why);
+            }
         }
         let next = self.segment.next(size).and_then(|name| self.dir.segment_head(name, NEXT_BYTES_MAX));
         let system_ids = [self.system.system_id];
@@ -131,17 +135,21 @@ impl Admission {
             previous: self.previous(span),
             next: next.as_deref(),
             history: self.history.as_ref(),
-            mode: match (self.force, self.partial) {
-                (true, _) => ScanMode::Forced,
-                (false, true) => ScanMode::Partial,
-                (false, false) => ScanMode::Whole,
-            },
+            mode: if self.partial { ScanMode::Partial } else { ScanMode::Whole },
             ..ScanContext::new(self.segment, size)
         };
-        match scan_segment(wal, &context) {
-            Ok(scan) => Ok(scan.index),
-            Err(e) => self.only_if_forced(wal, span, Refusal::Scan(e)),
+        let refused = match scan_segment(wal, &context) {
+            Ok(scan) => return Ok(scan.index),
+            Err(e) => e,
+        };
+        if self.force
+            && let Ok(scan) = scan_segment(wal, &ScanContext { mode: ScanMode::Forced, ..context })
+        {
+            let mut index = scan.index;
+            index.info.ending = Ending::Fault;
+            return Ok(index);
         }
+        self.only_if_forced(wal, span, Refusal::Scan(refused))
     }
 
     /// Checks what can be told without reading records: whether the file is what its name says.
