@@ -400,7 +400,14 @@ fn a_delta_rewrites_what_differs_and_an_interrupted_restore_is_taken_up_again() 
     fs::write(data_dir.join("PG_VERSION"), "junk").unwrap();
     site.scratch.give_tree(&data_dir);
     copy.try_start().unwrap_err();
-    let answer = site.waltide.json(["restore", "--data-dir", text(&data_dir), "--archive-mode", "off"]);
+    let again = ["restore", "--data-dir", text(&data_dir), "--archive-mode", "off"];
+    // The marker of anything but this very restore is no leave to write over what is there.
+    let before = snapshot(&data_dir);
+    site.waltide.fails(1, again);
+    assert!(snapshot(&data_dir) == before);
+    let id = site.waltide.json(["list"])[0]["id"].as_str().unwrap().to_owned();
+    fs::write(data_dir.join("waltide.restoring"), format!("{id}\n")).unwrap();
+    let answer = site.waltide.json(again);
     assert_eq!(answer["actions"]["delta"], true);
     let mut copy = Cluster::with_data_dir("copy", &site.scratch, &data_dir);
     copy.start();

@@ -504,6 +504,12 @@ async fn read_maps(
     futures_util::stream::iter(manifest.maps.iter().map(read)).buffered(4).try_collect().await
 }
 
+/// What [`MARKER`] says: the backup and every tablespace's place.
+pub(super) fn marker_text(manifest: &Manifest, tablespaces: &[Placed]) -> String {
+    let places = tablespaces.iter().map(|t| format!("{} {}\n", t.oid, t.to.display()));
+    std::iter::once(format!("{}\n", manifest.id)).chain(places).collect()
+}
+
 /// Checks the place and says what will happen to it.
 fn actions(
     plan: &Plan,
@@ -518,7 +524,9 @@ fn actions(
     let (made, map) = (&options.made, &options.tablespace_map);
     let tablespaces = place::map_tablespaces(&manifest.tablespaces, made, map, data_dir)?;
     let owner = place::owner(data_dir, options.owner)?;
-    let unfinished = data_dir.join(MARKER).exists();
+    // Only a restore of this very backup to these very places may go on without being allowed to clear.
+    let marker = fs::read_to_string(data_dir.join(MARKER));
+    let unfinished = marker.is_ok_and(|found| found == marker_text(manifest, &tablespaces));
     let delta = options.delta || unfinished;
     let mut there = place::contents(data_dir)?;
     // A pg_wal elsewhere stays where it is, empty.

@@ -15,7 +15,7 @@ use waltide_storage::Progress;
 
 use super::pieces::{Job, Piece, zeros};
 use super::place::{Owner, Placed};
-use super::{Actions, CONTROL_FILE, MARKER, RestoreError, io_error};
+use super::{Actions, CONTROL_FILE, MARKER, RestoreError, io_error, marker_text};
 
 /// How much of a file is compared or zeroed at once.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -88,7 +88,7 @@ impl Place {
         let group = manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
         let root_mode = if group { 0o750 } else { 0o700 };
         self.make_dir(&self.0.data_dir, root_mode)?;
-        self.put(MARKER, manifest.id.as_str().as_bytes(), 0o600)?;
+        self.put(MARKER, marker_text(manifest, tablespaces).as_bytes(), 0o600)?;
         for t in tablespaces {
             self.make_dir(&t.to, root_mode)?;
         }
