@@ -9,7 +9,13 @@ use crate::commands::Command;
 
 /// WAL archiving and point-in-time recovery that reads what it keeps.
 #[derive(Debug, Parser)]
-#[command(name = "waltide", version, max_term_width = 110, disable_help_subcommand = true)]
+#[command(
+    name = "waltide",
+    version,
+    propagate_version = true,
+    max_term_width = 110,
+    disable_help_subcommand = true
+)]
 pub struct Cli {
     /// What every command takes.
     #[command(flatten)]
