@@ -580,10 +580,12 @@ fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
     scratch.file("etc/conf.d/10-mine.conf", "work_mem = '7MB'\n");
     waltide.ok(["init", "--data-dir", text(&data_dir)]);
     let server = cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(&scratch, "postgres");
-    let cluster = waltide_tests::poll_until("the server", std::time::Duration::from_secs(60), || {
-        let found = Cluster::attach("db", &scratch, &data_dir).ok()?;
-        found.sql("postgres", "select 1").is_ok().then_some(found)
+    // Attached only once it is ready: a cluster that is let go takes its server with it.
+    waltide_tests::poll_until("the server", std::time::Duration::from_secs(60), || {
+        let pid_file = fs::read_to_string(data_dir.join("postmaster.pid")).ok()?;
+        (pid_file.lines().nth(7)?.trim() == "ready").then_some(())
     });
+    let cluster = Cluster::attach("db", &scratch, &data_dir).unwrap();
     waltide.ok(["backup", "--data-dir", text(&data_dir)]);
     let mut journal = Journal::create(&cluster);
     let last = journal.steps_on(&cluster, 2);
