@@ -4,12 +4,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 use waltide_format::archive::{
-    BackupKind, BrokenBackup, Catalog, DamagedObject, Hole, RecoveryWindow, StartedBackup,
+    BackupKind, BrokenBackup, Catalog, DamagedObject, Hole, Reach, RecoveryWindow, StartedBackup,
 };
-use waltide_format::{BackupId, Lsn, PgMajor, SegmentName, SystemId, TimelineId, TimestampTz};
+use waltide_format::{BackupId, PgMajor, SystemId, TimestampTz};
 
 /// A backup that was announced so long ago, and is not known to run, was interrupted.
 pub const INTERRUPTED_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// Clocks of two machines that are kept right differ by less.
+const CLOCKS_DIFFER_SECONDS: f64 = 5.0;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -45,19 +48,31 @@ pub struct LastBackup {
     pub age_seconds: f64,
 }
 
-/// How far the archived WAL reaches on the newest timeline that has any.
+/// How far a timeline's archived WAL reaches, and how far behind a moment that is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct LastWal {
-    /// The timeline.
-    pub timeline: TimelineId,
-    /// The last segment there.
-    pub segment: SegmentName,
-    /// Where its valid records end.
-    pub end: Lsn,
-    /// The last commit archived on that timeline's line.
-    pub last_commit: Option<TimestampTz>,
-    /// How long ago that was: what would be lost if the server were lost now, at the most.
+pub struct Lag {
+    /// How far.
+    #[serde(flatten)]
+    pub reach: Reach,
+    /// From the last archived commit until now. The server dated the commit, this machine says now.
     pub lag_seconds: Option<f64>,
+    /// From the last commit that a restore brings back until now: what is lost if the server is lost now, at the most.
+    pub recoverable_lag_seconds: Option<f64>,
+    /// How far the last commit lies in the future, where that is more than clocks that are kept right differ.
+    pub clock_ahead_seconds: Option<f64>,
+}
+
+impl Lag {
+    fn of(reach: Reach, now: TimestampTz) -> Self {
+        let since = |t: Option<TimestampTz>| t.map(|t| now.seconds_since(t));
+        let lag = since(reach.last_commit);
+        Self {
+            lag_seconds: lag.map(|s| s.max(0.0)),
+            recoverable_lag_seconds: since(reach.last_recoverable_commit).map(|s| s.max(0.0)),
+            clock_ahead_seconds: lag.filter(|s| *s < -CLOCKS_DIFFER_SECONDS).map(|s| -s),
+            reach,
+        }
+    }
 }
 
 /// A backup without a manifest.
@@ -91,8 +106,10 @@ pub struct Status {
     pub last_backup: Option<LastBackup>,
     /// Backups being made, or given up.
     pub unfinished: Vec<Unfinished>,
-    /// How far the WAL reaches.
-    pub wal: Option<LastWal>,
+    /// How far the newest timeline that has any WAL reaches.
+    pub wal: Option<Lag>,
+    /// The same of every timeline, oldest first.
+    pub timelines: Vec<Lag>,
     /// How many segments.
     pub segments: usize,
     /// What they take in the archive.
@@ -116,6 +133,8 @@ pub fn status(
     running: impl Fn(&StartedBackup) -> Option<bool>,
 ) -> Status {
     let coverage = catalog.coverage();
+    let reaches = catalog.reaches(&coverage.windows);
+    let timelines: Vec<_> = reaches.into_iter().map(|reach| Lag::of(reach, now)).collect();
     let last = catalog.backups.iter().max_by_key(|b| b.head.stopped);
     let last_backup = last.map(|b| LastBackup {
         id: b.head.id.clone(),
@@ -137,7 +156,8 @@ pub fn status(
         backups: catalog.backups.len(),
         last_backup,
         unfinished: unfinished.collect(),
-        wal: last_wal(catalog, now),
+        wal: timelines.last().cloned(),
+        timelines,
         segments: catalog.segments.len(),
         wal_stored_bytes: catalog.segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored_bytes)),
         windows: coverage.windows,
@@ -148,23 +168,6 @@ pub fn status(
     status.alerts = alerts(&status, max_age);
     status.health = status.alerts.iter().map(|a| a.health).max().unwrap_or(Health::Ok);
     status
-}
-
-fn last_wal(catalog: &Catalog, now: TimestampTz) -> Option<LastWal> {
-    let last = catalog.segments.iter().map(|s| s.info.name).max()?;
-    let timeline = last.timeline();
-    let entry = catalog.best_copy(last)?;
-    // A timeline that has just begun may have no commit yet: its ancestor's last is meant.
-    let line = catalog.lineage(timeline);
-    let commits = |timeline| catalog.best_copies(timeline).filter_map(|s| s.info.last_commit_time).last();
-    let last_commit = line.newest_first().find_map(|(timeline, _, _)| commits(timeline));
-    Some(LastWal {
-        timeline,
-        segment: last,
-        end: entry.info.valid_end,
-        last_commit,
-        lag_seconds: last_commit.map(|t| now.seconds_since(t).max(0.0)),
-    })
 }
 
 fn alerts(status: &Status, max_age: Option<Duration>) -> Vec<Alert> {
@@ -199,6 +202,13 @@ fn alerts(status: &Status, max_age: Option<Duration>) -> Vec<Alert> {
         }
         _ => {}
     }
+    if let Some(ahead) = status.wal.as_ref().and_then(|w| w.clock_ahead_seconds) {
+        let text = format!(
+            "the last commit is dated {ahead:.0} s ahead of this machine's clock: one of the two clocks is wrong, and with \
+             it the lag"
+        );
+        add(Health::Ok, text);
+    }
     for unfinished in status.unfinished.iter().filter(|u| u.interrupted) {
         let (id, host) = (&unfinished.started.id, &unfinished.started.host);
         add(
@@ -208,4 +218,31 @@ fn alerts(status: &Status, max_age: Option<Duration>) -> Vec<Alert> {
     }
     alerts.sort_by_key(|a| std::cmp::Reverse(a.health));
     alerts
+}
+
+#[cfg(test)]
+mod tests {
+    use waltide_format::{Lsn, TimelineId};
+
+    use super::*;
+
+    #[test]
+    fn the_lag_is_told_from_both_last_commits_and_a_clock_ahead_is_noticed() {
+        let at = |s: i64| TimestampTz::from_postgres_micros(s * 1_000_000);
+        let reach = |last, recoverable| Reach {
+            timeline: TimelineId::FIRST,
+            segment: "000000010000000000000003".parse().unwrap(),
+            end: Lsn::from(1),
+            last_commit: Some(at(last)),
+            recoverable_to: None,
+            last_recoverable_commit: recoverable,
+        };
+        let told = |reach| {
+            let lag = Lag::of(reach, at(100));
+            (lag.lag_seconds, lag.recoverable_lag_seconds, lag.clock_ahead_seconds)
+        };
+        assert_eq!(told(reach(90, Some(at(40)))), (Some(10.0), Some(60.0), None));
+        assert_eq!(told(reach(104, None)), (Some(0.0), None, None));
+        assert_eq!(told(reach(120, None)), (Some(0.0), None, Some(20.0)));
+    }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use waltide_archiver::catalog::load_settled;
 use waltide_archiver::host;
-use waltide_archiver::status::{Health, Status, status};
+use waltide_archiver::status::{Health, Lag, Status, status};
 use waltide_format::TimestampTz;
 
 use crate::context::{Context, catalog_failure};
@@ -55,15 +55,11 @@ fn text(s: &Status) -> String {
         facts.push((what, text));
     }
     if let Some(wal) = &s.wal {
-        let stored = output::bytes(s.wal_stored_bytes);
-        facts.push((
-            "WAL",
-            format!("{} segments, {stored}, up to {} in {}", s.segments, wal.end, wal.segment),
-        ));
-        if let (Some(time), Some(lag)) = (wal.last_commit, wal.lag_seconds) {
-            facts.push(("last commit", format!("{}, {} ago", output::time(time), output::duration(lag))));
-        }
+        let (stored, reach) = (output::bytes(s.wal_stored_bytes), &wal.reach);
+        let text = format!("{} segments, {stored}, up to {} in {}", s.segments, reach.end, reach.segment);
+        facts.push(("WAL", text));
     }
+    facts.extend(s.timelines.iter().map(|lag| ("lag", lag_text(lag))));
     for w in &s.windows {
         let to = w.to_time.map_or(String::new(), |t| format!(" ({})", output::time(t)));
         let range = format!("{} ({}) to {}{to}", w.from, output::time(w.from_time), w.to);
@@ -81,4 +77,22 @@ fn text(s: &Status) -> String {
         facts.push(("alerts", "none".to_owned()));
     }
     output::facts(&facts)
+}
+
+fn lag_text(lag: &Lag) -> String {
+    let reach = &lag.reach;
+    let told = |commit: Option<TimestampTz>, lag: Option<f64>| match (commit, lag) {
+        (Some(commit), Some(lag)) => format!("{}, {} ago", output::time(commit), output::duration(lag)),
+        _ => "none".to_owned(),
+    };
+    let archived = told(reach.last_commit, lag.lag_seconds);
+    let recoverable = match reach.recoverable_to {
+        None => "nothing of it can be restored".to_owned(),
+        Some(_) if reach.last_recoverable_commit == reach.last_commit => "which can be restored".to_owned(),
+        Some(_) => {
+            let commit = told(reach.last_recoverable_commit, lag.recoverable_lag_seconds);
+            format!("the last that can be restored {commit}")
+        }
+    };
+    format!("timeline {}: last commit {archived}; {recoverable}", reach.timeline)
 }

@@ -371,7 +371,7 @@ impl Run<'_> {
             segments: self.steps.len() as u64,
             stored_bytes: self.steps.iter().fold(0, |sum, s| sum.saturating_add(s.entry.stored_bytes)),
             first_time: infos().find_map(|i| i.first_time),
-            last_commit_time: infos().rev().find_map(|i| i.last_commit_time),
+            last_commit_time: self.steps.iter().rev().find_map(Step::last_commit),
         })
     }
 }

@@ -6,6 +6,7 @@ mod extents;
 mod index;
 mod layout;
 mod manifest;
+mod reach;
 mod stored_segment;
 mod windows;
 
@@ -25,6 +26,7 @@ pub use manifest::{
     DrillRecord, DrillSetting, DrillVerdict, LedgerRecord, LedgerUnit, Manifest, ManifestDirectory,
     ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
+pub use reach::Reach;
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };
