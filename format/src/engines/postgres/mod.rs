@@ -1,5 +1,6 @@
 //! PostgreSQL: its WAL and the files of a cluster.
 
+pub mod catalogue;
 pub mod cluster;
 pub mod scan;
 pub mod wal;

@@ -64,6 +64,11 @@ impl TestImage {
         Self { page, hole, compression, apply: true }
     }
 
+    /// This page, as it is.
+    pub(crate) fn of(page: &[u8; BLOCK_BYTES]) -> Self {
+        Self { page: Box::new(*page), hole: (0, 0), compression: Compression::None, apply: true }
+    }
+
     fn encode(&self, major: PgMajor) -> (Vec<u8>, Vec<u8>) {
         let (offset, len) = (usize::from(self.hole.0), usize::from(self.hole.1));
         let raw = [&self.page[..offset], &self.page[offset + len..]].concat();
