@@ -2,5 +2,6 @@
 
 pub mod catalogue;
 pub mod cluster;
+pub mod effects;
 pub mod scan;
 pub mod wal;

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use waltide_format::archive::{
-    CommitKind, SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, XactEnd,
-};
+use waltide_format::archive::{SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment};
+use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
-    Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XactKind, XactRecord, XlogRecord,
+    Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XlogRecord,
 };
 use waltide_format::{Corrupt, Lsn};
 use waltide_storage::{Archive, Bytes, StorageError};
@@ -175,23 +174,8 @@ fn events_of(record: &Record<'_>) -> Events {
     if let Some(Ok(XlogRecord::RestorePoint(point))) = XlogRecord::decode(record) {
         events.restore_points.push((point.name, point.time, record.start, record.end));
     }
-    if let Some(Ok(xact)) = XactRecord::decode(record) {
-        events.xacts.push(XactEnd {
-            kind: match xact.kind {
-                XactKind::Commit => CommitKind::Commit,
-                XactKind::Abort => CommitKind::Abort,
-                XactKind::CommitPrepared => CommitKind::CommitPrepared,
-                XactKind::AbortPrepared => CommitKind::AbortPrepared,
-            },
-            xid: xact.xid,
-            start: record.start,
-            end: record.end,
-            time: xact.time,
-            db_oid: xact.db_oid,
-            subxacts: xact.subxacts,
-            dropped: xact.dropped,
-            gid: xact.gid,
-        });
+    if let Some(Ok(end)) = xact_end(record).filter(|end| end.as_ref().is_ok_and(|end| end.kind.is_end())) {
+        events.xacts.push(end);
     }
     events
 }

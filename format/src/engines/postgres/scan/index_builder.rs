@@ -3,13 +3,11 @@
 use std::collections::HashMap;
 
 use crate::archive::{
-    AdmittedFault, CheckpointInfo, CheckpointKind, CommitKind, FileEvent, FileEventKind, ForkBlocks,
-    IndexedBlock, RestorePoint, RmgrCount, RunningXacts, SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
+    AdmittedFault, CheckpointInfo, CheckpointKind, FileEvent, ForkBlocks, IndexedBlock, RestorePoint,
+    RmgrCount, RunningXacts, SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
-use crate::engines::postgres::wal::{
-    Checkpoint, DatabaseRecord, Prepare, Record, RelationMapUpdate, Rmgr, RunningXactsRecord, SegmentSpan,
-    SmgrRecord, TablespaceRecord, XactKind, XactRecord, XlogRecord, implicit_vm_blocks,
-};
+use crate::engines::postgres::effects::{file_event, running_xacts, xact_end};
+use crate::engines::postgres::wal::{Checkpoint, Record, Rmgr, SegmentSpan, XlogRecord, implicit_vm_blocks};
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
 
@@ -131,58 +129,16 @@ impl IndexBuilder {
     }
 
     fn add_effects(&mut self, record: &Record<'_>) -> Result<(), Corrupt> {
-        if let Some(xact) = XactRecord::decode(record) {
-            self.add_xact(record, xact?);
-        } else if let Some(prepare) = Prepare::decode(record) {
-            self.add_prepare(record, prepare?);
+        if let Some(end) = xact_end(record) {
+            self.xacts.push(end?);
         } else if let Some(xlog) = XlogRecord::decode(record) {
             self.add_xlog(record, xlog?);
-        } else if let Some(running) = RunningXactsRecord::decode(record) {
-            let running = running?;
-            self.running_xacts.push(RunningXacts {
-                start: record.start,
-                next_xid: running.next_xid,
-                oldest_running_xid: running.oldest_running_xid,
-                running: running.running,
-            });
-        } else if let Some(kind) = file_event(record)? {
-            self.file_events.push(FileEvent { start: record.start, xid: record.header.xid, kind });
+        } else if let Some(running) = running_xacts(record) {
+            self.running_xacts.push(running?);
+        } else if let Some(event) = file_event(record)? {
+            self.file_events.push(event);
         }
         Ok(())
-    }
-
-    fn add_xact(&mut self, record: &Record<'_>, xact: XactRecord) {
-        self.xacts.push(XactEnd {
-            kind: match xact.kind {
-                XactKind::Commit => CommitKind::Commit,
-                XactKind::Abort => CommitKind::Abort,
-                XactKind::CommitPrepared => CommitKind::CommitPrepared,
-                XactKind::AbortPrepared => CommitKind::AbortPrepared,
-            },
-            xid: xact.xid,
-            start: record.start,
-            end: record.end,
-            time: xact.time,
-            db_oid: xact.db_oid,
-            subxacts: xact.subxacts,
-            dropped: xact.dropped,
-            gid: xact.gid,
-        });
-    }
-
-    fn add_prepare(&mut self, record: &Record<'_>, prepare: Prepare) {
-        self.xacts.push(XactEnd {
-            kind: CommitKind::Prepare,
-            xid: prepare.xid,
-            start: record.start,
-            end: record.end,
-            time: prepare.time,
-            db_oid: Some(prepare.db_oid),
-            subxacts: prepare.subxacts,
-            // What it drops goes with its COMMIT PREPARED or ROLLBACK PREPARED, which lists it again.
-            dropped: Vec::new(),
-            gid: Some(prepare.gid),
-        });
     }
 
     fn add_xlog(&mut self, record: &Record<'_>, xlog: XlogRecord) {
@@ -321,40 +277,4 @@ impl Fork {
         blocks.sort_unstable_by_key(|b| b.block);
         ForkBlocks { relation: self.relation, fork: self.fork, blocks }
     }
-}
-
-/// What a record does to files.
-fn file_event(record: &Record<'_>) -> Result<Option<FileEventKind>, Corrupt> {
-    if let Some(smgr) = SmgrRecord::decode(record) {
-        return Ok(Some(match smgr? {
-            SmgrRecord::Create { relation, fork } => FileEventKind::Create { relation, fork },
-            SmgrRecord::Truncate { relation, blocks, flags } => {
-                FileEventKind::Truncate { relation, blocks, flags }
-            }
-        }));
-    }
-    if let Some(database) = DatabaseRecord::decode(record) {
-        return Ok(Some(match database? {
-            DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid } => {
-                FileEventKind::DatabaseCopy { to: (spc_oid, db_oid), from: (from_spc_oid, from_db_oid) }
-            }
-            DatabaseRecord::Create { db_oid, spc_oid } => {
-                FileEventKind::DatabaseCreate { database: (spc_oid, db_oid) }
-            }
-            DatabaseRecord::Drop { db_oid, spc_oids } => {
-                FileEventKind::DatabaseDrop { db_oid, tablespaces: spc_oids }
-            }
-        }));
-    }
-    if let Some(tablespace) = TablespaceRecord::decode(record) {
-        return Ok(Some(match tablespace? {
-            TablespaceRecord::Create { spc_oid, path } => FileEventKind::TablespaceCreate { spc_oid, path },
-            TablespaceRecord::Drop { spc_oid } => FileEventKind::TablespaceDrop { spc_oid },
-        }));
-    }
-    if let Some(map) = RelationMapUpdate::decode(record) {
-        let RelationMapUpdate { db_oid, spc_oid, .. } = map?;
-        return Ok(Some(FileEventKind::RelationMap { spc_oid, db_oid }));
-    }
-    Ok(None)
 }
