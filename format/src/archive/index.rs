@@ -531,7 +531,7 @@ impl SegmentIndex {
 }
 
 /// Writes a list behind its length, or nothing where it is empty.
-fn list<T>(w: &mut Writer, of: &[T], mut put: impl FnMut(&mut Writer, &T)) {
+pub(super) fn list<T>(w: &mut Writer, of: &[T], mut put: impl FnMut(&mut Writer, &T)) {
     if of.is_empty() {
         return;
     }
@@ -542,7 +542,7 @@ fn list<T>(w: &mut Writer, of: &[T], mut put: impl FnMut(&mut Writer, &T)) {
 }
 
 /// Reads a list; `item_bytes` is the least an item takes, so that no length can claim more memory than there is input.
-fn items<'a, T>(
+pub(super) fn items<'a, T>(
     r: &mut Reader<'a>,
     item_bytes: usize,
     mut get: impl FnMut(&mut Reader<'a>) -> Result<T, Corrupt>,
@@ -552,12 +552,12 @@ fn items<'a, T>(
 }
 
 /// A position as its distance from `base`, either way (a checkpoint's redo point lies before the segment).
-fn put_lsn(w: &mut Writer, base: Lsn, lsn: Lsn) {
+pub(super) fn put_lsn(w: &mut Writer, base: Lsn, lsn: Lsn) {
     let distance = lsn.get().wrapping_sub(base.get()).cast_signed();
     w.varint((distance.wrapping_shl(1) ^ distance.wrapping_shr(63)).cast_unsigned());
 }
 
-fn get_lsn(r: &mut Reader<'_>, base: Lsn) -> Result<Lsn, Corrupt> {
+pub(super) fn get_lsn(r: &mut Reader<'_>, base: Lsn) -> Result<Lsn, Corrupt> {
     let zigzag = r.varint("lsn")?;
     let distance = (zigzag >> 1) ^ (zigzag & 1).wrapping_neg();
     Ok(Lsn::from(base.get().wrapping_add(distance)))
@@ -685,11 +685,11 @@ pub(crate) fn decode_info(bytes: &[u8]) -> Result<SegmentInfo, Corrupt> {
     Ok(info)
 }
 
-fn put_relation(w: &mut Writer, r: RelFileLocator) {
+pub(super) fn put_relation(w: &mut Writer, r: RelFileLocator) {
     w.varint(u64::from(r.spc_oid)).varint(u64::from(r.db_oid)).varint(u64::from(r.rel_number));
 }
 
-fn get_relation(r: &mut Reader<'_>) -> Result<RelFileLocator, Corrupt> {
+pub(super) fn get_relation(r: &mut Reader<'_>) -> Result<RelFileLocator, Corrupt> {
     Ok(RelFileLocator {
         spc_oid: r.varint_u32("spcOid")?,
         db_oid: r.varint_u32("dbOid")?,

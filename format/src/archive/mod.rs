@@ -1,6 +1,7 @@
 //! The objects of the archive: their names, their bytes, and what they say together. Spec: docs/format.md.
 
 mod catalog;
+mod detail;
 mod envelope;
 mod extents;
 mod index;
@@ -12,6 +13,9 @@ mod windows;
 
 pub use catalog::{
     BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
+};
+pub use detail::{
+    DETAIL_SECTIONS, ExclusiveLock, RelationWork, SegmentDetail, SubXact, TruncatedOid, Volume, XactWork,
 };
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, FrameCompressor, PackBuilder};

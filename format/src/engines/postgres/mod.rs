@@ -2,6 +2,7 @@
 
 pub mod catalogue;
 pub mod cluster;
+pub mod detail;
 pub mod effects;
 pub mod scan;
 pub mod wal;

@@ -9,6 +9,7 @@ mod pglz;
 mod record;
 mod redirect;
 mod rmgr;
+mod rows;
 mod smgr;
 mod standby;
 mod stream;
@@ -25,8 +26,9 @@ pub use page::{LONG_HEADER_BYTES, LongHeader, PAGE_BYTES, PageFlags, PageHeader,
 pub use record::{Block, BlockRef, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader};
 pub use redirect::{RedirectedTablespace, SegmentBytes, make_tablespace_in_place};
 pub use rmgr::{Rmgr, rmgr_name};
+pub use rows::{HeapTruncate, RowChange};
 pub use smgr::SmgrRecord;
-pub use standby::RunningXactsRecord;
+pub use standby::{ExclusiveLocks, RunningXactsRecord};
 pub use stream::{
     EndReason, Expected, LogEnd, Next, Pending, PreviousTail, RecordStream, SegmentSpan, StreamHead,
 };

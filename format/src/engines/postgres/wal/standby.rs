@@ -1,12 +1,13 @@
-//! What standbys are told about running transactions.
+//! What standbys are told: running transactions and exclusive locks.
 
 use crate::engines::postgres::wal::Record;
 use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::engines::postgres::wal::xlog::read_i32;
 use crate::error::Corrupt;
-use crate::ids::Xid;
+use crate::ids::{Oid, Xid};
 use crate::reader::Reader;
 
+const LOCK: u8 = 0x00;
 const RUNNING_XACTS: u8 = 0x10;
 
 /// `xl_running_xacts`.
@@ -49,6 +50,29 @@ impl RunningXactsRecord {
     }
 }
 
+/// `xl_standby_locks`: who holds a relation all alone (`AccessExclusiveLock`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExclusiveLocks {
+    /// The (sub)transaction, the database, and the relation's OID, which is not its file's number.
+    pub locks: Vec<(Xid, Oid, Oid)>,
+}
+
+impl ExclusiveLocks {
+    /// Decodes it; `None` for any other record. Errors count bytes from the start of the main data.
+    pub fn decode(record: &Record<'_>) -> Option<Result<Self, Corrupt>> {
+        let is_one = record.rmgr() == Rmgr::STANDBY && record.kind() == LOCK;
+        is_one.then(|| Self::decode_main(record.main_data()))
+    }
+
+    fn decode_main(main: &[u8]) -> Result<Self, Corrupt> {
+        let r = &mut Reader::new(main);
+        let nlocks = count(r, "nlocks")? as usize;
+        let locks = &mut Reader::with_base(r.take(nlocks.saturating_mul(12), "locks")?, 4);
+        let lock = |_| Ok((locks.u32("xid")?.into(), locks.u32("dbOid")?, locks.u32("relOid")?));
+        (0..nlocks).map(lock).collect::<Result<_, _>>().map(|locks| Self { locks })
+    }
+}
+
 fn count(r: &mut Reader<'_>, field: &'static str) -> Result<u32, Corrupt> {
     let at = r.position();
     let found = read_i32(r, field)?;
@@ -72,5 +96,19 @@ mod tests {
         let mut hostile = Writer::new();
         hostile.u32(0x7FFF_FFFF).u32(0x7FFF_FFFF).bytes(&[0; 32]);
         assert!(RunningXactsRecord::decode_main(hostile.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn locks_are_read_and_refused_at_every_truncation() {
+        let mut w = Writer::new();
+        w.u32(2).u32(740).u32(5).u32(16384).u32(741).u32(5).u32(16390);
+        let found = ExclusiveLocks::decode_main(w.as_bytes()).unwrap();
+        assert_eq!(found.locks, [(Xid::from(740), 5, 16384), (Xid::from(741), 5, 16390)]);
+        for cut in 0..w.len() {
+            assert!(ExclusiveLocks::decode_main(&w.as_bytes()[..cut]).is_err());
+        }
+        let mut hostile = Writer::new();
+        hostile.u32(0x7FFF_FFFF).bytes(&[0; 32]);
+        assert!(ExclusiveLocks::decode_main(hostile.as_bytes()).is_err());
     }
 }
