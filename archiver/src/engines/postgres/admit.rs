@@ -15,8 +15,10 @@ use waltide_format::{Lsn, PgMajor, SegmentName};
 
 use super::wal_dir::WalDir;
 
-/// How much of the next segment is read to finish a record that runs over the edge. The rare record that goes on
-/// beyond is joined when the next segment is shipped.
+/// How much of the next segment is read at first to finish a record that runs over the edge.
+const NEXT_BYTES: u64 = 64 << 10;
+/// How much is read where the record goes on beyond that. The rare one that goes on further still is joined when the next
+/// segment is shipped.
 const NEXT_BYTES_MAX: u64 = 1 << 20;
 
 /// Why a segment is refused.
@@ -127,18 +129,24 @@ impl Admission {
                 return self.only_if_forced(wal, span, why);
             }
         }
-        let next = self.segment.next(size).and_then(|name| self.dir.segment_head(name, NEXT_BYTES_MAX));
+        let next = |bytes| self.segment.next(size).and_then(|name| self.dir.segment_head(name, bytes));
+        let head = next(NEXT_BYTES);
         let system_ids = [self.system.system_id];
         let context = ScanContext {
             system_ids: &system_ids,
             major: Some(self.system.major),
             previous: self.previous(span),
-            next: next.as_deref(),
+            next: head.as_deref(),
             history: self.history.as_ref(),
             mode: if self.partial { ScanMode::Partial } else { ScanMode::Whole },
             ..ScanContext::new(self.segment, size)
         };
-        let refused = match scan_segment(wal, &context) {
+        let mut scanned = scan_segment(wal, &context);
+        if scanned.as_ref().is_ok_and(|scan| goes_on_beyond(&scan.index, head.as_deref())) {
+            let longer = next(NEXT_BYTES_MAX);
+            scanned = scan_segment(wal, &ScanContext { next: longer.as_deref(), ..context.clone() });
+        }
+        let refused = match scanned {
             Ok(scan) => return Ok(scan.index),
             Err(e) => e,
         };
@@ -232,4 +240,10 @@ impl Admission {
         index.faults.push(AdmittedFault { at: span.start(), message: why.to_string() });
         Ok(index)
     }
+}
+
+/// Whether the segment's last record could not be joined because too little of the next segment was read.
+fn goes_on_beyond(index: &SegmentIndex, next: Option<&[u8]>) -> bool {
+    let is_cut = next.is_some_and(|next| next.len() as u64 == NEXT_BYTES);
+    is_cut && index.info.pending.is_some_and(|pending| !pending.joined)
 }
