@@ -47,11 +47,6 @@ impl Stretch {
 }
 
 /// Compresses `raw` unless that makes it longer.
-fn pack(raw: &[u8], level: i32) -> Vec<u8> {
-    pack_with(zstd::bulk::Compressor::new(level).ok().as_mut(), raw)
-}
-
-/// The same with a compressor that has its memory already.
 fn pack_with(compressor: Option<&mut zstd::bulk::Compressor<'_>>, raw: &[u8]) -> Vec<u8> {
     match compressor.map_or_else(|| Ok(raw.to_vec()), |c| c.compress(raw)) {
         Ok(packed) if packed.len() < raw.len() => packed,
@@ -61,7 +56,9 @@ fn pack_with(compressor: Option<&mut zstd::bulk::Compressor<'_>>, raw: &[u8]) ->
 
 /// Makes the stored object of a segment out of its bytes and its index. Chunks are compressed on `threads` threads.
 pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usize) -> Vec<u8> {
-    pack_segment(wal, level, threads, || ()).0.seal(index)
+    let (mut packed, sections) = pack_chunks(wal, level, threads, |c| pack_sections(index, c));
+    packed.sections = sections;
+    packed.seal()
 }
 
 /// SHA-256 over a segment's WAL, which is what its stored object says about itself.
@@ -90,40 +87,76 @@ impl WalDigest {
     }
 }
 
-/// A segment's WAL, compressed and summed up: its stored object but for the index.
+/// A segment's WAL and index, compressed and summed up: all that its stored object is made of.
 #[derive(Debug, Clone)]
 pub struct PackedSegment {
     wal_bytes: u64,
     digest: [u8; 32],
     chunks: Vec<Vec<u8>>,
-    level: i32,
+    sections: Vec<PackedSection>,
 }
 
-/// Compresses a segment's WAL on `threads` threads, this one among them, which does `meanwhile` first: the records are
+#[derive(Debug, Clone)]
+struct PackedSection {
+    id: u16,
+    raw_bytes: usize,
+    stored: Vec<u8>,
+}
+
+/// Compresses a segment's WAL on `threads` threads, this one among them, which makes the index first: the records are
 /// read while their bytes are compressed.
-pub fn pack_segment<T>(
+pub fn pack_segment<E>(
     wal: &[u8],
     level: i32,
     threads: usize,
-    meanwhile: impl FnOnce() -> T,
+    index: impl FnOnce() -> Result<SegmentIndex, E>,
+) -> Result<(PackedSegment, SegmentIndex), E> {
+    let (mut packed, told) = pack_chunks(wal, level, threads, |compressor| {
+        let index = index()?;
+        Ok((pack_sections(&index, compressor), index))
+    });
+    let (sections, index) = told?;
+    packed.sections = sections;
+    Ok((packed, index))
+}
+
+fn pack_sections(
+    index: &SegmentIndex,
+    mut compressor: Option<&mut zstd::bulk::Compressor<'_>>,
+) -> Vec<PackedSection> {
+    let sections = index.encode_sections().into_iter();
+    let pack = |(id, raw): (u16, Vec<u8>)| {
+        let stored = pack_with(compressor.as_deref_mut(), &raw);
+        PackedSection { id, raw_bytes: raw.len(), stored }
+    };
+    sections.map(pack).collect()
+}
+
+/// Compresses the WAL in chunks; this thread does `meanwhile` before it joins in.
+fn pack_chunks<T>(
+    wal: &[u8],
+    level: i32,
+    threads: usize,
+    meanwhile: impl FnOnce(Option<&mut zstd::bulk::Compressor<'_>>) -> T,
 ) -> (PackedSegment, T) {
     let chunks: Vec<&[u8]> = wal.chunks(CHUNK_BYTES).collect();
     let next = AtomicUsize::new(0);
-    let work = || {
+    let work = |mut compressor: Option<zstd::bulk::Compressor<'_>>| {
         let mut done = Vec::new();
-        let mut compressor = zstd::bulk::Compressor::new(level).ok();
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(chunk) = chunks.get(i) else { return done };
             done.push((i, pack_with(compressor.as_mut(), chunk)));
         }
     };
+    let compressor = || zstd::bulk::Compressor::new(level).ok();
     let helpers = threads.saturating_sub(1).min(chunks.len().saturating_sub(1));
     let (mut packed, digest, told) = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
-        let told = meanwhile();
+        let handles: Vec<_> = (0..helpers).map(|_| scope.spawn(|| work(compressor()))).collect();
+        let mut compressor = compressor();
+        let told = meanwhile(compressor.as_mut());
         let digest = wal_digest(wal);
-        let mut packed = work();
+        let mut packed = work(compressor);
         for handle in handles {
             packed.extend(handle.join().expect("compression does not panic"));
         }
@@ -131,7 +164,7 @@ pub fn pack_segment<T>(
     });
     packed.sort_unstable_by_key(|(i, _)| *i);
     let chunks = packed.into_iter().map(|(_, chunk)| chunk).collect();
-    (PackedSegment { wal_bytes: wal.len() as u64, digest, chunks, level }, told)
+    (PackedSegment { wal_bytes: wal.len() as u64, digest, chunks, sections: Vec::new() }, told)
 }
 
 impl PackedSegment {
@@ -141,23 +174,24 @@ impl PackedSegment {
     }
 
     /// The stored object's bytes.
-    pub fn seal(self, index: &SegmentIndex) -> Vec<u8> {
-        let mut object = Header { kind: ObjectKind::Segment }.encode().to_vec();
-        object.reserve_exact(self.chunks.iter().map(Vec::len).fold(0, usize::saturating_add));
+    pub fn seal(self) -> Vec<u8> {
         let mut directory = Writer::new();
         directory.u64(self.wal_bytes).u32(u32::try_from(CHUNK_BYTES).unwrap_or(u32::MAX)).bytes(&self.digest);
         directory.varint(self.chunks.len() as u64);
-        for stored in self.chunks {
-            directory.varint(stored.len() as u64).u32(crc32fast::hash(&stored));
-            object.extend_from_slice(&stored);
+        for stored in &self.chunks {
+            directory.varint(stored.len() as u64).u32(crc32fast::hash(stored));
         }
-        let sections = index.encode_sections();
-        directory.varint(sections.len() as u64);
-        for (id, raw) in &sections {
-            let stored = pack(raw, self.level);
+        directory.varint(self.sections.len() as u64);
+        for PackedSection { id, raw_bytes, stored } in &self.sections {
             directory.u16(*id).u16(SECTION_VERSION);
-            directory.varint(stored.len() as u64).varint(raw.len() as u64).u32(crc32fast::hash(&stored));
-            object.extend_from_slice(&stored);
+            directory.varint(stored.len() as u64).varint(*raw_bytes as u64).u32(crc32fast::hash(stored));
+        }
+        let parts = || self.chunks.iter().chain(self.sections.iter().map(|section| &section.stored));
+        let ends = HEADER_BYTES.saturating_add(directory.len()).saturating_add(FOOTER_BYTES);
+        let mut object = Vec::with_capacity(parts().map(Vec::len).fold(ends, usize::saturating_add));
+        object.extend_from_slice(&Header { kind: ObjectKind::Segment }.encode());
+        for part in parts() {
+            object.extend_from_slice(part);
         }
         object.extend_from_slice(directory.as_bytes());
         Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));

@@ -340,7 +340,7 @@ impl Shipper {
             let path = path.to_owned();
             blocking(name, move || read_whole_with(&path, SEGMENT_BYTES_MAX, threads)).await?
         };
-        let wal = Bytes::from(read.map_err(unreadable)?);
+        let wal = read.map_err(unreadable)?;
         let is_free = stored.is_none();
         let arrival = Arrival { dir, name, segment, partial, wal, system_id, object, is_free };
         Ok(Looked::Missing(Box::new(arrival)))
@@ -369,11 +369,9 @@ impl Shipper {
         let packed = {
             let wal = wal.clone();
             blocking(name, move || {
-                let (packed, index) = pack_segment(&wal, level, threads, || admission.scan(&wal));
-                index.map(|index| {
+                pack_segment(&wal, level, threads, || admission.scan(&wal)).map(|(packed, index)| {
                     let digest = packed.digest();
-                    let stored = Bytes::from(packed.seal(&index));
-                    (index, digest, stored)
+                    (index, digest, Bytes::from(packed.seal()))
                 })
             })
             .await?

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytes::Bytes;
+use memmap2::MmapMut;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use waltide_format::engines::postgres::cluster::{ControlFile, History};
@@ -147,12 +149,19 @@ pub(crate) fn read_whole(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The same on several threads: most of the time goes into pages that are touched for the first time.
-pub(crate) fn read_whole_with(path: &Path, max: u64, threads: usize) -> io::Result<Vec<u8>> {
+/// The same on several threads, into memory of large pages where the system has them: most of the time goes into pages
+/// that are touched for the first time.
+pub(crate) fn read_whole_with(path: &Path, max: u64, threads: usize) -> io::Result<Bytes> {
     let (file, length) = open_whole(path, max)?;
     let length = usize::try_from(length).map_err(io::Error::other)?;
+    if length == 0 {
+        return Ok(Bytes::new());
+    }
     let share = length.div_ceil(threads.max(1)).max(READ_BYTES_MIN);
-    let mut bytes = vec![0; length];
+    let mut bytes = MmapMut::map_anon(length)?;
+    // Only a wish: a system without large pages does without.
+    #[cfg(target_os = "linux")]
+    let _ = bytes.advise(memmap2::Advice::HugePage);
     let read = |at: u64, part: &mut [u8]| file.read_exact_at(part, at);
     std::thread::scope(|scope| {
         let mut parts = (0u64..).step_by(share).zip(bytes.chunks_mut(share));
@@ -164,7 +173,7 @@ pub(crate) fn read_whole_with(path: &Path, max: u64, threads: usize) -> io::Resu
         }
         done
     })?;
-    Ok(bytes)
+    Ok(Bytes::from_owner(bytes))
 }
 
 fn open_whole(path: &Path, max: u64) -> io::Result<(File, u64)> {
@@ -182,8 +191,10 @@ fn open_whole(path: &Path, max: u64) -> io::Result<(File, u64)> {
 
 /// The first `bytes` bytes of a file, or all of a shorter one.
 pub(crate) fn read_head(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
-    let mut head = Vec::new();
-    File::open(path)?.take(bytes).read_to_end(&mut head)?;
+    let file = File::open(path)?;
+    let length = usize::try_from(file.metadata()?.len().min(bytes)).unwrap_or(0);
+    let mut head = Vec::with_capacity(length);
+    file.take(bytes).read_to_end(&mut head)?;
     Ok(head)
 }
 

@@ -1,6 +1,6 @@
 //! Collects a segment's index while its records go by.
 
-use std::collections::HashMap;
+use foldhash::{HashMap, HashMapExt as _};
 
 use crate::archive::{
     AdmittedFault, CheckpointInfo, CheckpointKind, FileEvent, ForkBlocks, IndexedBlock, RestorePoint,
