@@ -1,5 +1,6 @@
 //! The objects of the archive: their names, their bytes, and what they say together. Spec: docs/format.md.
 
+mod block_set;
 mod catalog;
 mod detail;
 mod envelope;
@@ -11,6 +12,7 @@ mod reach;
 mod stored_segment;
 mod windows;
 
+pub use block_set::BlockSet;
 pub use catalog::{
     BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
 };
@@ -35,3 +37,6 @@ pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };
 pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow};
+
+#[cfg(test)]
+pub(crate) use stored_segment::samples;
