@@ -6,6 +6,7 @@ mod detail;
 mod envelope;
 mod extents;
 mod index;
+mod layers;
 mod layout;
 mod manifest;
 mod reach;
@@ -26,6 +27,7 @@ pub use index::{
     FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts, SECTIONS,
     SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
+pub use layers::merge_maps;
 pub use layout::{Layout, SystemLayout, WalObject};
 pub use manifest::{
     BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
