@@ -6,6 +6,7 @@
 
 mod error;
 pub mod oracle;
+pub mod pages;
 mod postgres;
 mod process;
 mod scratch;
