@@ -15,3 +15,4 @@ pub mod prune;
 mod put;
 pub mod retention;
 pub mod status;
+mod stored_segments;

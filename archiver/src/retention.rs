@@ -740,6 +740,7 @@ mod tests {
             kind: BackupKind::Full,
             method: BackupMethod::Backup,
             parent: None,
+            full_because: None,
             description: None,
             started,
             stopped: hour((number + span) as i64),

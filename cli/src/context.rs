@@ -161,7 +161,7 @@ impl Context {
     }
 
     /// The cache's file: `--cache`, the configuration's, or one of the user's own; none where that is empty.
-    fn cache_path(&self, archive: &Archive) -> Option<PathBuf> {
+    pub(crate) fn cache_path(&self, archive: &Archive) -> Option<PathBuf> {
         match &self.cache {
             Some(path) if path.as_os_str().is_empty() => None,
             Some(path) => Some(path.clone()),

@@ -77,6 +77,7 @@ pub(crate) fn manifest(system: u64, salt: u16) -> Manifest {
         kind: BackupKind::Full,
         method: BackupMethod::Backup,
         parent: None,
+        full_because: None,
         description: None,
         started: TimestampTz::default(),
         stopped: TimestampTz::default(),

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
 use waltide_format::archive::{
-    BackupEntry, Catalog, Envelope, Extent, ExtentMap, FOOTER_BYTES, Footer, GapKind, Layout, LedgerRecord,
-    LedgerUnit, Lineage, Manifest, ObjectKind, PackBuilder, SegmentEntry, StoredSegment, SystemLayout,
-    WalFile, WalObject,
+    BackupEntry, BackupKind, Catalog, Envelope, Extent, ExtentMap, FOOTER_BYTES, Footer, GapKind, Layout,
+    LedgerRecord, LedgerUnit, Lineage, Manifest, ObjectKind, PackBuilder, SegmentEntry, StoredSegment,
+    SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
 use waltide_format::engines::postgres::wal::PreviousTail;
@@ -442,7 +442,10 @@ impl<'a> Run<'a> {
 
     /// Maps and packs that no backup refers to still must be what they were.
     async fn unreferenced(&self) -> Result<(), StorageError> {
-        let ids: BTreeSet<&str> = self.what.catalog.backups.iter().map(|b| b.head.id.as_str()).collect();
+        // A backup that refers to an older one's map names it; the map's packs are named like the map.
+        let heads = self.what.catalog.backups.iter().map(|b| &b.head);
+        let ids: BTreeSet<&str> =
+            heads.flat_map(|h| h.maps.iter().map(String::as_str).chain([h.id.as_str()])).collect();
         let foreign = |name: &&String| name.get(..21).is_none_or(|id| !ids.contains(id));
         for name in self.maps.keys().filter(foreign) {
             let path = self.names.map(name);
@@ -478,7 +481,9 @@ impl<'a> Run<'a> {
         let last = manifest.maps.len().saturating_sub(1);
         for (number, name) in manifest.maps.iter().enumerate() {
             let Some(map) = self.map(&path, name).await? else { continue };
-            self.check_files(&path, &manifest, number, number == last, &map);
+            // What an older backup stored may go on behind where the file ends now.
+            let alone = manifest.kind == BackupKind::Full && number == last;
+            self.check_files(&path, &manifest, number, alone, &map);
             if self.is_new(&self.names.map(name)) {
                 self.map_packs(&path, name, map).await?;
             }
@@ -511,8 +516,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Every file's runs are there and, in the newest map, inside the file.
-    fn check_files(&self, path: &str, manifest: &Manifest, number: usize, newest: bool, map: &ExtentMap) {
+    /// Every file's runs are there and, in a map of the backup's alone, inside the file.
+    fn check_files(&self, path: &str, manifest: &Manifest, number: usize, alone: bool, map: &ExtentMap) {
         for file in &manifest.files {
             for (_, at) in file.extents.iter().filter(|(m, _)| *m as usize == number) {
                 let Some(extents) = map.files.get(*at as usize) else {
@@ -523,7 +528,7 @@ impl<'a> Run<'a> {
                 };
                 let end = |e: &Extent| e.file_offset().saturating_add(u64::from(e.raw_bytes));
                 let end = extents.last().map_or(0, end);
-                if newest && end > file.bytes {
+                if alone && end > file.bytes {
                     let text = format!("{} has {} bytes, its map goes to {end}", file.path, file.bytes);
                     self.fault(path, FaultKind::Damaged, None, text);
                 }
@@ -550,6 +555,7 @@ impl<'a> Run<'a> {
 
     async fn pack(&self, by: &str, map: &str, name: String, frames: Vec<Extent>) -> Result<(), StorageError> {
         let path = self.names.pack(&name);
+        self.is_new(&path);
         let Some(size) = self.packs.get(&name).copied() else {
             return match self.what.archive.head(&path).await? {
                 Some(_) => Ok(()),
@@ -735,7 +741,10 @@ impl<'a> Run<'a> {
     fn notes(&self) -> Vec<String> {
         let known: BTreeSet<&str> = self.what.catalog.backups.iter().map(|b| b.head.id.as_str()).collect();
         let foreign = |name: &&String| name.get(..21).is_none_or(|id| !known.contains(id));
-        let count = self.packs.keys().chain(self.maps.keys()).filter(foreign).count();
+        let (packs, maps) = (self.packs.keys().filter(foreign), self.maps.keys().filter(foreign));
+        let paths = packs.map(|name| self.names.pack(name)).chain(maps.map(|name| self.names.map(name)));
+        // What a backup that stays refers to was looked at for it, whoever stored it.
+        let count = paths.filter(|path| self.is_new(path)).count();
         let left =
             "packs and extent maps belong to no complete backup: one is being made, or prune removes them";
         if count == 0 { Vec::new() } else { vec![format!("{count} {left}")] }

@@ -20,9 +20,10 @@ pub(crate) struct Args {
     /// The data directory
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// What to read: full reads everything
-    #[arg(long = "type", value_name = "TYPE", default_value = "full")]
-    kind: Kind,
+    /// What to read: everything, or the blocks that the archived WAL changed since the last backup or the last full one
+    /// [default: incremental where that can be, else full]
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: Option<Kind>,
     /// Words to find the backup again by
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
@@ -45,7 +46,22 @@ pub(crate) struct Args {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Kind {
+    /// Everything
     Full,
+    /// What changed since the last backup
+    Incremental,
+    /// What changed since the last full backup
+    Differential,
+}
+
+impl From<Kind> for BackupKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Full => Self::Full,
+            Kind::Incremental => Self::Incremental,
+            Kind::Differential => Self::Differential,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -65,6 +81,8 @@ pub(super) enum DamagedPages {
 pub(super) struct Answer<'a> {
     id: &'a BackupId,
     kind: BackupKind,
+    parent: Option<&'a BackupId>,
+    full_because: Option<&'a str>,
     description: Option<&'a str>,
     started: TimestampTz,
     stopped: TimestampTz,
@@ -87,6 +105,8 @@ impl<'a> Answer<'a> {
         Self {
             id: &manifest.id,
             kind: manifest.kind,
+            parent: manifest.parent.as_ref(),
+            full_because: manifest.full_because.as_deref(),
             description: manifest.description.as_deref(),
             started: manifest.started,
             stopped: manifest.stopped,
@@ -104,9 +124,19 @@ impl<'a> Answer<'a> {
     }
 
     pub(super) fn text(&self) -> String {
+        let read = match self.parent {
+            Some(parent) => {
+                format!(
+                    "{} of it read, the rest referred to through {parent}, ",
+                    output::bytes(self.stats.read_bytes)
+                )
+            }
+            None => String::new(),
+        };
         format!(
-            "backup {} is in the archive: {} in {} files, {} stored, in {}\nit can be restored to any moment from {} on, \
-             on timeline {}",
+            "{} backup {} is in the archive: {} in {} files, {read}{} stored, in {}\nit can be restored to any moment \
+             from {} on, on timeline {}",
+            output::word(&self.kind),
             self.id,
             output::bytes(self.stats.cluster_bytes),
             self.files,
@@ -119,12 +149,14 @@ impl<'a> Answer<'a> {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
-    let Kind::Full = args.kind;
     let data_dir = context.data_dir(args.data_dir)?;
+    let archive = context.archive().await?;
     let request = BackupRequest {
-        archive: context.archive().await?,
+        archive: archive.clone(),
         layout: context.layout()?,
         data_dir,
+        kind: args.kind.map(BackupKind::from),
+        cache: context.cache_path(&archive),
         connection: args.connection.or_else(|| context.config.connection.clone()),
         description: args.description,
         fast_checkpoint: args.checkpoint == Checkpoint::Fast,

@@ -47,9 +47,14 @@ fn text(row: &Row, head: &Manifest) -> String {
         ("timeline", head.timeline.to_string()),
         ("WAL", format!("{} to {}", head.start_lsn, head.stop_lsn)),
         ("size", format!("{} in {} files", output::bytes(row.cluster_bytes), row.files)),
+        ("read", output::bytes(row.read_bytes)),
         ("stored", output::bytes(row.stored_bytes)),
     ];
-    lines.extend(head.parent.iter().map(|p| ("parent", p.to_string())));
+    lines.extend(head.parent.iter().map(|p| {
+        let referred = output::bytes(row.referred_bytes);
+        ("parent", format!("{p}; {referred} are in the packs of older backups"))
+    }));
+    lines.extend(head.full_because.iter().map(|why| ("full because", why.clone())));
     lines.extend(head.description.iter().map(|d| ("description", d.clone())));
     lines.extend(head.tablespaces.iter().map(|t| ("tablespace", format!("{} at {}", t.oid, t.path))));
     lines.extend(head.config_files.iter().map(|c| ("outside", format!("{} ({})", c.path, c.role))));

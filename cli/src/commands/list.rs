@@ -23,6 +23,8 @@ pub(super) struct Row {
     pub(super) kind: BackupKind,
     method: BackupMethod,
     parent: Option<BackupId>,
+    /// Why everything was read though less was asked for.
+    full_because: Option<String>,
     pub(super) description: Option<String>,
     started: TimestampTz,
     pub(super) stopped: TimestampTz,
@@ -31,6 +33,8 @@ pub(super) struct Row {
     pub(super) stop_lsn: Lsn,
     pub(super) files: u64,
     pub(super) cluster_bytes: u64,
+    pub(super) read_bytes: u64,
+    pub(super) referred_bytes: u64,
     pub(super) stored_bytes: u64,
     pub(super) keep: Option<Keep>,
     pub(super) damaged_pages: usize,
@@ -58,6 +62,7 @@ impl Row {
             kind: head.kind,
             method: head.method,
             parent: head.parent.clone(),
+            full_because: head.full_because.clone(),
             description: head.description.clone(),
             started: head.started,
             stopped: head.stopped,
@@ -66,6 +71,8 @@ impl Row {
             stop_lsn: head.stop_lsn,
             files: entry.files,
             cluster_bytes: head.stats.cluster_bytes,
+            read_bytes: head.stats.read_bytes,
+            referred_bytes: head.stats.referred_bytes,
             stored_bytes: head.stats.stored_bytes,
             keep: entry.keep.clone(),
             damaged_pages: head.damaged_pages.len(),
@@ -80,6 +87,7 @@ impl Row {
         if !self.restorable {
             notes.push("NOT RESTORABLE".to_owned());
         }
+        notes.extend(self.parent.iter().map(|p| format!("on {p}")));
         if self.damaged_pages > 0 {
             notes.push(format!("{} damaged pages", self.damaged_pages));
         }
@@ -119,10 +127,11 @@ fn text(catalog: &Catalog, rows: &[Row]) -> String {
             r.timeline.to_string(),
             r.stop_lsn.to_string(),
             output::bytes(r.cluster_bytes),
+            output::bytes(r.read_bytes),
             output::bytes(r.stored_bytes),
             r.notes(),
         ]
     });
-    let head = ["backup", "type", "ended", "timeline", "from LSN", "size", "stored", "notes"];
+    let head = ["backup", "type", "ended", "timeline", "from LSN", "size", "read", "stored", "notes"];
     output::table(&head, &cells.collect::<Vec<_>>())
 }

@@ -497,6 +497,7 @@ pub(crate) mod samples {
             kind: BackupKind::Full,
             method: BackupMethod::Backup,
             parent: None,
+            full_because: None,
             description: None,
             started: at(start),
             stopped: at(stop),

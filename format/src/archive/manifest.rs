@@ -120,6 +120,9 @@ pub struct ManifestStats {
     pub cluster_bytes: u64,
     /// Bytes read from them.
     pub read_bytes: u64,
+    /// Bytes of them that were not read: older backups' packs have them.
+    #[serde(default)]
+    pub referred_bytes: u64,
     /// Bytes added to the archive.
     pub stored_bytes: u64,
     /// Seconds from start to the last file.
@@ -139,6 +142,9 @@ pub struct Manifest {
     pub method: BackupMethod,
     /// What it was made against.
     pub parent: Option<BackupId>,
+    /// Why everything was read though less was asked for.
+    #[serde(default)]
+    pub full_because: Option<String>,
     /// The operator's words.
     #[serde(default)]
     pub description: Option<String>,
@@ -455,6 +461,7 @@ mod tests {
             kind: BackupKind::Full,
             method: BackupMethod::Backup,
             parent: None,
+            full_because: None,
             description: Some("before the move".into()),
             started: TimestampTz::default(),
             stopped: TimestampTz::default(),

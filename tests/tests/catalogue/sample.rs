@@ -228,6 +228,7 @@ impl Sample {
             kind: BackupKind::Full,
             method: BackupMethod::Backup,
             parent: None,
+            full_because: None,
             description: None,
             started: hour(first),
             stopped: hour(last),

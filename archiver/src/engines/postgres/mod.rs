@@ -18,6 +18,8 @@ mod publish;
 pub mod push;
 pub mod settings;
 mod wal_dir;
+mod wanted;
+
 pub mod watch;
 
 pub use admit::Refusal;

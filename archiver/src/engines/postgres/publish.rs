@@ -15,13 +15,13 @@ use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
 use super::copy::{BadPage, Copied};
 use super::files::Scan;
-use crate::catalog::read_segment;
+use crate::catalog::{MANIFEST_BYTES_MAX, read_segment};
 use crate::put::put_own;
 
 /// No JSON object of the archive but a manifest is larger.
 const JSON_BYTES_MAX: u64 = 1 << 20;
 /// A manifest names no more damaged pages than this; where there are more, the disk is beyond lists.
-const DAMAGED_PAGES_MAX: usize = 10_000;
+pub(super) const DAMAGED_PAGES_MAX: usize = 10_000;
 /// How often the archive is asked for a segment that is on its way.
 const POLL_MIN: Duration = Duration::from_millis(100);
 const POLL_MAX: Duration = Duration::from_secs(2);
@@ -167,7 +167,12 @@ impl Destination {
     }
 
     /// Announces a backup under a name that no other has.
-    pub(super) async fn announce(&self, started: TimestampTz) -> Result<BackupId, PublishError> {
+    pub(super) async fn announce(
+        &self,
+        started: TimestampTz,
+        kind: BackupKind,
+        parent: Option<&BackupId>,
+    ) -> Result<BackupId, PublishError> {
         loop {
             let salt = u16::try_from(RandomState::new().build_hasher().finish() & 0xFFFF).unwrap_or(0);
             let id = BackupId::new(started, salt);
@@ -176,8 +181,8 @@ impl Destination {
                 started,
                 host: crate::host::name(),
                 pid: std::process::id(),
-                kind: BackupKind::Full,
-                parent: None,
+                kind,
+                parent: parent.cloned(),
             };
             let object = Bytes::from(Envelope::seal_json(ObjectKind::Json, &note));
             let taken = self.archive.head(&self.system.manifest(&id)).await?.is_some();
@@ -200,6 +205,15 @@ impl Destination {
         let bytes = object.len() as u64;
         put_own(&self.archive, &self.system.map(id.as_str()), object).await?;
         Ok(bytes)
+    }
+
+    /// A map that another backup put.
+    pub(super) async fn get_map(&self, name: &str) -> Result<ExtentMap, PublishError> {
+        let path = self.system.map(name);
+        let object = self.archive.get(&path, MANIFEST_BYTES_MAX).await?;
+        let decoded = tokio::task::spawn_blocking(move || ExtentMap::decode(&object)).await;
+        let decoded = decoded.expect("a decoder does not panic");
+        decoded.map_err(|source| PublishError::Damaged { path, source })
     }
 
     /// Makes the backup seen. What announced it goes; if that fails, readers know better. A prune that took this

@@ -1,8 +1,13 @@
 //! A base backup of a running server, taken from its files.
 
+mod base;
+mod changes;
 mod config;
+mod layers;
+mod parent;
 mod server;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,12 +15,15 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::runtime::Handle;
-use waltide_format::archive::{BackupKind, BackupMethod, Layout, Manifest, ManifestStats};
+use waltide_format::archive::{BackupKind, BackupMethod, Layout, Manifest, ManifestFile, ManifestStats};
 use waltide_format::engines::postgres::cluster::{BackupLabel, LabelError};
-use waltide_format::{BLOCK_BYTES, BackupId, TimestampTz};
+use waltide_format::{BLOCK_BYTES, BackupId, Lsn, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
+use self::base::{Base, Search};
 use self::config::config_files;
+use self::layers::{Layered, lay};
+use self::parent::NO_BACKUP;
 use self::server::Server;
 use super::connect::{ConnectError, ConnectRequest};
 use super::control::{ControlFileError, read_control, read_control_bytes};
@@ -23,6 +31,8 @@ use super::copy::{Copied, CopyError, CopyJob, Last, copy};
 use super::files::{CONTROL_FILE, Scan, ScanError, scan};
 use super::pages::PageRule;
 use super::publish::{Destination, PublishError, assemble, damaged_pages};
+use super::wanted::{Wanted, select};
+use crate::catalog::CatalogError;
 
 /// zstd's level unless another is asked for.
 pub const DEFAULT_LEVEL: i32 = 1;
@@ -40,6 +50,10 @@ pub struct BackupRequest {
     pub data_dir: PathBuf,
     /// `--connection`.
     pub connection: Option<String>,
+    /// What is asked for; none: an incremental where there is something to make it against.
+    pub kind: Option<BackupKind>,
+    /// Where the catalogue cache lies, if it is used.
+    pub cache: Option<PathBuf>,
     /// The operator's words.
     pub description: Option<String>,
     /// Whether the first checkpoint is made at once, rather than spread over time.
@@ -108,6 +122,20 @@ pub enum BackupError {
         /// `blcksz`.
         found: u32,
     },
+    /// The catalogue cannot be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The archived WAL is another server's.
+    #[error(
+        "the archive's WAL does not have this server's checkpoint at {checkpoint}: it is of another history\nhint: see          which servers push to this archive; `waltide backup --type full` does not rely on that WAL, a restore from it does."
+    )]
+    AnotherHistory {
+        /// Where the checkpoint's record is.
+        checkpoint: Lsn,
+    },
+    /// The server went over to another timeline meanwhile.
+    #[error("the server changed its timeline while it was backed up\nhint: take another backup")]
+    TimelineChanged,
     /// The session that held the backup open has ended.
     #[error("the server ended the session of the backup\nhint: its log says why; take another backup")]
     SessionLost,
@@ -141,7 +169,12 @@ pub enum BackupError {
 impl BackupError {
     /// Whether the archive is at fault.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Publish(e) if e.is_damage())
+        match self {
+            Self::Publish(e) => e.is_damage(),
+            Self::Catalog(e) => e.is_damage(),
+            Self::AnotherHistory { .. } => true,
+            _ => false,
+        }
     }
 }
 
@@ -150,7 +183,8 @@ fn now() -> TimestampTz {
     TimestampTz::from_jiff(Timestamp::now())
 }
 
-/// Takes a full backup. It is seen only when every file, page and segment that it needs is in the archive; what an
+/// Takes a backup: of the kind asked for, or a full one where there is nothing that tells what has changed since another.
+/// It is seen only when every file, page and segment that it needs is in the archive; what an
 /// interrupted one leaves behind is announced, and is prune's to remove.
 pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Result<Backup, BackupError> {
     let begun = Instant::now();
@@ -167,7 +201,20 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     let server = Server::of(&connection, &request.data_dir, &control).await?;
 
     let started = now();
-    let id = to.announce(started).await?;
+    let search = Search { request, to: &to, server: &server, progress: &*progress };
+    let asked = match request.kind {
+        Some(BackupKind::Full) => None,
+        kind => Some(kind.unwrap_or(BackupKind::Incremental)),
+    };
+    let parent = match asked {
+        Some(kind) => {
+            let found = search.parent(kind, &control, started).await?;
+            found.map_err(|why| Some(why).filter(|why| request.kind.is_some() || why != NO_BACKUP))
+        }
+        None => Err(None),
+    };
+    let kind = asked.filter(|_| parent.is_ok()).unwrap_or(BackupKind::Full);
+    let id = to.announce(started, kind, parent.as_ref().ok().map(|p| &p.head.id)).await?;
     progress.phase("checkpoint", None);
     let begin = async {
         let start_lsn = server.start(&format!("waltide {id}"), request.fast_checkpoint).await?;
@@ -177,9 +224,13 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
             let why = format!("its checkpoint at {start_lsn} is not in the directory's pg_control");
             return Err(BackupError::AnotherServer { data_dir: request.data_dir.clone(), why });
         }
-        Ok((start_lsn, control))
+        let base = match &parent {
+            Ok(parent) => search.base(parent, &control, start_lsn, started).await?.map_err(Some),
+            Err(why) => Err(why.clone()),
+        };
+        Ok((start_lsn, control, base))
     };
-    let (start_lsn, control) = match begin.await {
+    let (start_lsn, control, base) = match begin.await {
         Ok(begun) => begun,
         Err(e) => {
             to.withdraw(&id).await;
@@ -190,10 +241,15 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     let rule = PageRule { start_lsn, segment_blocks: control.relation_file_blocks };
     let version_directory = format!("PG_{}_{}", control.major, control.catalog_version);
     let pages = control.has_data_checksums().then_some(rule);
-    let (scan, mut copied) =
-        copy_files(request, &to, &server, &id, version_directory, pages, &progress).await?;
+    let (base, full_because) = match base {
+        Ok(base) => (Some(Arc::new(Against { base, segment_blocks: rule.segment_blocks })), None),
+        Err(why) => (None, why),
+    };
+    let how = How { version_directory, pages, base: base.clone() };
+    let (scan, mut copied) = copy_files(request, &to, &server, &id, how, &progress).await?;
     let copy_seconds = begun.elapsed().as_secs_f64();
     let mut warnings = scan.warnings.clone();
+    warnings.extend(full_because.iter().map(|why| format!("a full backup is made: {why}")));
     let config_files = config_files(&server.client, server.major, &request.data_dir, &mut warnings).await;
 
     let stopped = server.stop().await?;
@@ -205,9 +261,17 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     }
 
     let (read_bytes, pack_bytes) = (copied.read_bytes, copied.stored_bytes);
-    let (map, files) = assemble(&scan, copied);
+    let mut layered = match &base {
+        Some(base) => lay(&scan, copied, &base.base.parent, &base.kept(&scan)),
+        None => {
+            let (map, files) = assemble(&scan, copied);
+            Layered { map, files, maps: Vec::new(), referred_bytes: 0 }
+        }
+    };
+    layered.compact(&to).await?;
+    let Layered { map, files, mut maps, referred_bytes } = layered;
     let map_bytes = to.put_map(&id, &map).await?;
-    let map_name = id.as_str().to_owned();
+    maps.push(id.as_str().to_owned());
 
     let mut timelines = vec![label.timeline];
     if server.is_standby {
@@ -217,12 +281,22 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     }
     let range = (label.start_lsn, stopped.lsn);
     to.await_wal(&timelines, range, request.archive_timeout, &*progress, &server).await?;
+    if base.is_some() {
+        if (label.timeline, label.start_lsn) != (control.checkpoint_copy.timeline, start_lsn) {
+            return Err(BackupError::TimelineChanged);
+        }
+        let checkpoint = label.checkpoint_lsn;
+        if !search.is_ours(&control, checkpoint, label.start_lsn).await? {
+            return Err(BackupError::AnotherHistory { checkpoint });
+        }
+    }
 
     let manifest = Manifest {
         id,
-        kind: BackupKind::Full,
+        kind: if base.is_some() { kind } else { BackupKind::Full },
         method: BackupMethod::Backup,
-        parent: None,
+        parent: base.as_ref().map(|base| base.base.parent.id.clone()),
+        full_because,
         description: request.description.clone(),
         started,
         stopped: finished,
@@ -240,11 +314,12 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
         from_standby: label.from_standby,
         tablespaces: scan.tablespaces,
         config_files,
-        maps: vec![map_name],
+        maps,
         directories: scan.directories,
         stats: ManifestStats {
             cluster_bytes: files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes)),
             read_bytes,
+            referred_bytes,
             stored_bytes: pack_bytes.saturating_add(map_bytes),
             copy_seconds,
             total_seconds: begun.elapsed().as_secs_f64(),
@@ -256,14 +331,43 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     Ok(Backup { manifest, warnings })
 }
 
+/// What an incremental is made against.
+#[derive(Debug)]
+struct Against {
+    base: Base,
+    segment_blocks: u32,
+}
+
+impl Against {
+    /// The parent's files of which blocks are still of use, by path.
+    fn kept<'a>(&'a self, scan: &'a Scan) -> BTreeMap<&'a str, &'a ManifestFile> {
+        let chosen = select(&scan.files, &self.base.parent, &self.base.changed, self.segment_blocks);
+        let kept =
+            scan.files.iter().zip(chosen).filter_map(|(file, (_, kept))| Some((file.path.as_str(), kept?)));
+        kept.collect()
+    }
+
+    /// What of each file is read.
+    fn wanted(&self, scan: &Scan) -> Vec<Wanted<'_>> {
+        let chosen = select(&scan.files, &self.base.parent, &self.base.changed, self.segment_blocks);
+        chosen.into_iter().map(|(wanted, _)| wanted).collect()
+    }
+}
+
+/// How files are found and read.
+struct How {
+    version_directory: String,
+    pages: Option<PageRule>,
+    base: Option<Arc<Against>>,
+}
+
 /// Lists and copies, while the session that holds the backup open lives.
 async fn copy_files(
     request: &BackupRequest,
     to: &Destination,
     server: &Server,
     id: &BackupId,
-    version_directory: String,
-    pages: Option<PageRule>,
+    how: How,
     progress: &Arc<dyn Progress>,
 ) -> Result<(Scan, Copied), BackupError> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -272,15 +376,25 @@ async fn copy_files(
         let (request, to, id) = (request.clone(), to.clone(), id.clone());
         let (progress, stop, major) = (Arc::clone(progress), Arc::clone(&stop), server.major);
         move || -> Result<(Scan, Copied), BackupError> {
-            let scan = scan(&request.data_dir, major, &version_directory)?;
-            progress.phase("copy", Some(scan.bytes()));
+            let scan = scan(&request.data_dir, major, &how.version_directory)?;
+            let wanted = how.base.as_ref().map(|base| base.wanted(&scan)).unwrap_or_default();
+            let bytes = match how.base.is_some() {
+                true => scan
+                    .files
+                    .iter()
+                    .zip(&wanted)
+                    .fold(0, |sum: u64, (f, w)| sum.saturating_add(w.bytes(f.bytes))),
+                false => scan.bytes(),
+            };
+            progress.phase("copy", Some(bytes));
             let job = CopyJob {
                 archive: &to.archive,
                 system: &to.system,
                 id: &id,
                 files: &scan.files,
                 checksums: &[],
-                pages,
+                wanted: &wanted,
+                pages: how.pages,
                 threads: request.threads,
                 level: request.level,
                 progress: &*progress,

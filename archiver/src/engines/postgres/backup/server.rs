@@ -120,6 +120,15 @@ impl Server {
         parse_lsn(&text)
     }
 
+    /// Ends the segment that is being written. False where this role may not.
+    pub(super) async fn switch_wal(&self) -> Result<bool, BackupError> {
+        match self.client.query_one("SELECT pg_switch_wal()::text", &[]).await {
+            Ok(_) => Ok(true),
+            Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Ends it. Whether its WAL has reached the archive is for the archive to say.
     pub(super) async fn stop(&self) -> Result<Stopped, BackupError> {
         let query = match self.major >= PgMajor::V15 {

@@ -224,7 +224,7 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
     let stop_lsn = ranges.iter().map(|r| r.end).max().unwrap_or(label.start_lsn);
 
     let started = moment(&label, &source);
-    let id = to.announce(started).await?;
+    let id = to.announce(started, BackupKind::Full, None).await?;
     let (source, mut copied) =
         copy_files(request, &to, &id, source, checksums, label.start_lsn, &progress).await?;
     let copy_seconds = begun.elapsed().as_secs_f64();
@@ -256,6 +256,7 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
         kind: BackupKind::Full,
         method: BackupMethod::Import,
         parent: None,
+        full_because: None,
         description: request.description.clone(),
         started,
         stopped,
@@ -277,6 +278,7 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
         stats: ManifestStats {
             cluster_bytes: files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes)),
             read_bytes,
+            referred_bytes: 0,
             stored_bytes: pack_bytes.saturating_add(map_bytes),
             copy_seconds,
             total_seconds: begun.elapsed().as_secs_f64(),
@@ -381,6 +383,7 @@ async fn copy_files(
             id: &id,
             files: &source.scan.files,
             checksums: &checksums,
+            wanted: &[],
             pages: source.control.has_data_checksums().then_some(rule),
             threads,
             level,
