@@ -12,8 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use waltide_format::archive::{
-    BackupEntry, Catalog, DamagedObject, Envelope, GapKind, Keep, Layout, Lineage, Manifest, ObjectKind,
-    SegmentDirectory, SegmentEntry, StartedBackup, SystemInfo, SystemLayout, WalFile, WalObject,
+    BackupEntry, Beginning, Catalog, DamagedObject, Envelope, GapKind, Keep, Layout, Lineage, Manifest,
+    ObjectKind, SegmentDirectory, SegmentEntry, StartedBackup, SystemInfo, SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
 use waltide_format::{BackupId, Corrupt, SegmentName, SystemId, TimelineId, WalFileName};
@@ -26,7 +26,7 @@ pub(crate) const SMALL_BYTES_MAX: u64 = 1 << 20;
 /// No manifest or extent map comes near this: a manifest of ten million files has a few hundred megabytes.
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 /// Part of every cache entry's version: raise it when a cached value's form or meaning changes.
-const CACHE_FORM: u32 = 1;
+const CACHE_FORM: u32 = 2;
 
 /// Why there is no catalogue.
 #[derive(Debug, thiserror::Error)]
@@ -164,10 +164,11 @@ pub(crate) async fn load_system(
         }
     }
     catalog_segments.sort_by(|a: &SegmentEntry, b| (a.info.name, &a.path).cmp(&(b.info.name, &b.path)));
-    let mut by_timeline = BTreeMap::new();
+    let (mut by_timeline, mut beginnings) = (BTreeMap::new(), BTreeMap::new());
     for (object, found) in lineages {
         match found {
-            Ok(lineage) => {
+            Ok(HistoryFile { lineage, beginning }) => {
+                beginnings.insert(lineage.timeline, beginning);
                 by_timeline.insert(lineage.timeline, lineage);
             }
             Err(error) => report(&object.path, error),
@@ -183,6 +184,7 @@ pub(crate) async fn load_system(
         started: notes.started,
         segments: catalog_segments,
         lineages: by_timeline,
+        beginnings,
         damaged,
     })
 }
@@ -384,6 +386,7 @@ fn summary(path: &str, tail: &[u8], size: u64) -> Result<Result<SegmentEntry, u6
         restore_points: index.restore_points.into_iter().map(|p| p.name).collect(),
         faults: index.faults,
         digest: directory.digest.iter().map(|b| format!("{b:02x}")).collect(),
+        pushed_by: index.pushed_by,
     }))
 }
 
@@ -413,7 +416,18 @@ fn misplaced(names: &SystemLayout, system: &SystemInfo, entry: &SegmentEntry) ->
     Some(format!("its index speaks of {found}, expected {expected}"))
 }
 
-async fn read_lineage(archive: &Archive, object: &ObjectInfo, timeline: Option<TimelineId>) -> Read<Lineage> {
+/// What a history file says.
+#[derive(Serialize, Deserialize)]
+struct HistoryFile {
+    lineage: Lineage,
+    beginning: Beginning,
+}
+
+async fn read_lineage(
+    archive: &Archive,
+    object: &ObjectInfo,
+    timeline: Option<TimelineId>,
+) -> Read<HistoryFile> {
     let (Some(timeline), Some(bytes)) = (timeline, fetch(archive, &object.path, SMALL_BYTES_MAX).await?)
     else {
         return Ok(None);
@@ -425,7 +439,9 @@ async fn read_lineage(archive: &Archive, object: &ObjectInfo, timeline: Option<T
         }
         let history = History::parse(timeline, &file.contents).map_err(|e| e.to_string())?;
         let ancestors = history.ancestors().iter().map(|a| (a.timeline, a.switch)).collect();
-        Ok(Lineage { ancestors, timeline })
+        let reason = history.ancestors().last().map(|a| a.reason.clone());
+        let beginning = Beginning { reason, pushed_by: file.pushed_by };
+        Ok(HistoryFile { lineage: Lineage { ancestors, timeline }, beginning })
     };
     Ok(Some(bytes.and_then(parse)))
 }

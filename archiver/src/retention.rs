@@ -728,7 +728,15 @@ mod tests {
         };
         let path = format!("main/42/wal/{timeline:08X}/{name}");
         let digest = String::new();
-        SegmentEntry { path, stored_bytes: 10, info, restore_points: vec![], faults: vec![], digest }
+        SegmentEntry {
+            path,
+            stored_bytes: 10,
+            info,
+            restore_points: vec![],
+            faults: vec![],
+            digest,
+            pushed_by: None,
+        }
     }
 
     /// A backup that takes `span` segments' time from the middle of segment `number` on.
@@ -808,6 +816,7 @@ mod tests {
             started: vec![],
             segments,
             lineages: BTreeMap::new(),
+            beginnings: BTreeMap::new(),
             damaged: vec![],
         };
         (catalog, inventory)

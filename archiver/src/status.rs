@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use waltide_format::archive::{
     BackupKind, BrokenBackup, Catalog, DamagedObject, Hole, Reach, RecoveryWindow, StartedBackup,
+    TimelineHistory,
 };
 use waltide_format::{BackupId, PgMajor, SystemId, TimestampTz};
 
@@ -110,6 +111,8 @@ pub struct Status {
     pub wal: Option<Lag>,
     /// The same of every timeline, oldest first.
     pub timelines: Vec<Lag>,
+    /// Which history each timeline is, oldest first.
+    pub histories: Vec<TimelineHistory>,
     /// How many segments.
     pub segments: usize,
     /// What they take in the archive.
@@ -158,6 +161,7 @@ pub fn status(
         unfinished: unfinished.collect(),
         wal: timelines.last().cloned(),
         timelines,
+        histories: catalog.histories(),
         segments: catalog.segments.len(),
         wal_stored_bytes: catalog.segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored_bytes)),
         windows: coverage.windows,

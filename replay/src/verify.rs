@@ -13,6 +13,7 @@ use waltide_format::archive::{
     SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
+use waltide_format::engines::postgres::scan::{Agreement, agreement};
 use waltide_format::engines::postgres::wal::PreviousTail;
 use waltide_format::{BackupId, Corrupt, SegmentName, TimelineId, TimestampTz, WalFileName};
 use waltide_storage::{Archive, Bytes, ObjectInfo, Progress, StorageError};
@@ -38,6 +39,8 @@ pub enum FaultKind {
     Damaged,
     /// WAL is missing, or does not continue what is before it.
     Gap,
+    /// Two copies of a segment hold different records in the same place.
+    Diverged,
 }
 
 /// Something that is wrong with the archive.
@@ -634,8 +637,31 @@ impl<'a> Run<'a> {
             catalog.segments.iter().filter(of_span).filter(|s| best.iter().all(|b| b.path != s.path));
         for other in others {
             if let Some(stored) = self.segment(other).await? {
-                self.check(other, stored, None, None).await;
+                self.check(other, Arc::clone(&stored), None, None).await;
+                self.compare(other, stored).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Whether a copy holds the same records as the one that readers take, as far as both go.
+    async fn compare(&self, copy: &SegmentEntry, stored: Arc<StoredSegment>) -> Result<(), StorageError> {
+        let (name, size) = (copy.info.name, copy.info.size);
+        let Some(best) = self.what.catalog.best_copy(name) else { return Ok(()) };
+        let Some(other) = self.peek(best).await? else { return Ok(()) };
+        let compared =
+            tokio::task::spawn_blocking(move || agreement(&stored.wal, &other.wal, name, size)).await;
+        if let Agreement::Diverge { at } = compared.expect("a scan does not panic") {
+            let by = |entry: &SegmentEntry| {
+                entry.pushed_by.as_ref().map_or("a server that was not noted".to_owned(), ToString::to_string)
+            };
+            let text = format!(
+                "it differs from {} at {at}: this copy is of {}, the other of {}",
+                best.path,
+                by(copy),
+                by(best)
+            );
+            self.fault(&copy.path, FaultKind::Diverged, None, text);
         }
         Ok(())
     }

@@ -630,6 +630,10 @@ fn watch_ships_the_backlog_and_what_follows_through_kills_and_an_archive_that_go
     let object = site.object(&cluster, &segment);
     poll_until("the new segment is shipped", Duration::from_secs(30), || object.exists().then_some(()));
     assert!(started.elapsed() < Duration::from_secs(9), "{:?}", started.elapsed());
+    // It is there before it is acknowledged.
+    poll_until("the new segment is acknowledged", Duration::from_secs(30), || {
+        running.stderr().contains(&format!("{segment} shipped")).then_some(())
+    });
 
     // The archive is gone for a while.
     let away = site.archive.with_file_name("away");

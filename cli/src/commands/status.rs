@@ -6,6 +6,7 @@ use waltide_archiver::catalog::load_settled;
 use waltide_archiver::host;
 use waltide_archiver::status::{Health, Lag, Status, status};
 use waltide_format::TimestampTz;
+use waltide_format::archive::TimelineHistory;
 
 use crate::context::{Context, catalog_failure};
 use crate::exit::Failure;
@@ -59,6 +60,7 @@ fn text(s: &Status) -> String {
         let text = format!("{} segments, {stored}, up to {} in {}", s.segments, reach.end, reach.segment);
         facts.push(("WAL", text));
     }
+    facts.extend(s.histories.iter().map(|history| ("history", history_text(history))));
     facts.extend(s.timelines.iter().map(|lag| ("lag", lag_text(lag))));
     for w in &s.windows {
         let to = w.to_time.map_or(String::new(), |t| format!(" ({})", output::time(t)));
@@ -77,6 +79,24 @@ fn text(s: &Status) -> String {
         facts.push(("alerts", "none".to_owned()));
     }
     output::facts(&facts)
+}
+
+fn history_text(history: &TimelineHistory) -> String {
+    let mut text = format!("timeline {}", history.timeline);
+    if let (Some(parent), Some(at)) = (history.parent, history.forked_at) {
+        text.push_str(&format!(" left timeline {parent} at {at}"));
+        text.extend(history.reason.iter().filter(|r| !r.is_empty()).map(|r| format!(" ({r})")));
+        text.extend(history.history_pushed_by.iter().map(|s| format!(", said {}:{}", s.host, s.directory)));
+    }
+    let pushers = history.pushed_by.iter().map(|p| {
+        let role = if p.recovering == Some(true) { ", a standby," } else { "" };
+        format!("{} of {}:{}{role} until {}", p.segments, p.host, p.directory, output::time(p.last_pushed))
+    });
+    let pushers: Vec<_> = pushers.collect();
+    match pushers.is_empty() {
+        true => text,
+        false => format!("{text}; segments: {}", pushers.join(", ")),
+    }
 }
 
 fn lag_text(lag: &Lag) -> String {

@@ -75,6 +75,7 @@ fn text(v: &Verification) -> String {
             FaultKind::Missing => "MISSING",
             FaultKind::Damaged => "DAMAGED",
             FaultKind::Gap => "GAP",
+            FaultKind::Diverged => "DIVERGED",
         };
         facts.push((kind, format!("{}: {}", fault.object, fault.text)));
     }

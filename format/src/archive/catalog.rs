@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::index::{AdmittedFault, Ending, SegmentInfo};
 use super::manifest::{Manifest, StartedBackup, SystemInfo};
+use super::source::PushSource;
 use crate::ids::{BackupId, Lsn, TimelineId};
 use crate::segment::SegmentName;
 use crate::time::TimestampTz;
@@ -25,6 +26,8 @@ pub struct Catalog {
     pub segments: Vec<SegmentEntry>,
     /// What the history files say, by the timeline each is for.
     pub lineages: BTreeMap<TimelineId, Lineage>,
+    /// How each of those timelines began.
+    pub beginnings: BTreeMap<TimelineId, Beginning>,
     /// Objects that are there and cannot be read.
     pub damaged: Vec<DamagedObject>,
 }
@@ -67,6 +70,8 @@ pub struct SegmentEntry {
     pub faults: Vec<AdmittedFault>,
     /// SHA-256 over its WAL, in hexadecimal.
     pub digest: String,
+    /// Who pushed it, where that was noted.
+    pub pushed_by: Option<PushSource>,
 }
 
 /// An object that cannot be read.
@@ -116,6 +121,15 @@ impl Lineage {
         self.newest_first()
             .any(|(t, begin, end)| t == timeline && begin <= lsn && end.is_none_or(|end| lsn <= end))
     }
+}
+
+/// How a timeline began, beside where: its history file's last line, and who brought that file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+pub struct Beginning {
+    /// Why it left its ancestor, in the words of the server that did it.
+    pub reason: Option<String>,
+    /// Who pushed the history file, where that was noted.
+    pub pushed_by: Option<PushSource>,
 }
 
 /// Segments that follow one another without a hole along a line of timelines.
@@ -205,12 +219,12 @@ impl Catalog {
         self.backups.iter().find(|b| b.head.id == *id)
     }
 
-    /// The copy readers take of a segment: the one whose valid records reach furthest, the plain one among equals.
-    /// A `.partial` counts only where no whole segment is stored.
+    /// The copy readers take of a segment: the one whose valid records reach furthest, the plain one among equals, a
+    /// `.partial` last.
     pub fn best_copy(&self, name: SegmentName) -> Option<&SegmentEntry> {
         let from = self.segments.partition_point(|s| s.info.name < name);
         let copies = self.segments.iter().skip(from).take_while(|s| s.info.name == name);
-        copies.max_by_key(|s| (!s.is_partial(), s.info.valid_end, std::cmp::Reverse(&s.path)))
+        copies.max_by_key(|s| (s.info.valid_end, !s.is_partial(), std::cmp::Reverse(&s.path)))
     }
 
     /// The segments along `line` from the one that holds `from`, as PostgreSQL would ask for them: of every
@@ -394,9 +408,20 @@ fn join_fault(before: &Step<'_>, after: &Step<'_>, last_record: Option<Lsn>) -> 
         let first = a.name.on(b.name.timeline());
         return Some(GapKind::Missing { first, last: first, count: 1 });
     }
+    continuity_fault(a, b, last_record).map(|reason| GapKind::Broken { reason })
+}
+
+/// What keeps a segment from being the one that follows `before` in the same log, where that one's log fills it.
+/// `last_record` is where the last record before both begins, for the case that none begins in `before`.
+pub fn continuity_fault(
+    before: &SegmentInfo,
+    after: &SegmentInfo,
+    last_record: Option<Lsn>,
+) -> Option<String> {
+    let (a, b) = (before, after);
     match a.pending {
         None if b.continued_bytes != 0 && !b.overwrites_contrecord && a.first_record.is_some() => {
-            return broken(format!(
+            return Some(format!(
                 "{} continues a record by {} bytes and {} leaves none open",
                 b.name, b.continued_bytes, a.name
             ));
@@ -404,7 +429,7 @@ fn join_fault(before: &Step<'_>, after: &Step<'_>, last_record: Option<Lsn>) -> 
         Some(p) if !b.overwrites_contrecord && p.total_bytes != 0 => {
             let rest = p.total_bytes.saturating_sub(p.here_bytes);
             if rest != b.continued_bytes {
-                return broken(format!(
+                return Some(format!(
                     "the record at {} lacks {rest} bytes and {} continues {}",
                     p.start, b.name, b.continued_bytes
                 ));
@@ -415,7 +440,7 @@ fn join_fault(before: &Step<'_>, after: &Step<'_>, last_record: Option<Lsn>) -> 
     let expected = a.last_record.or(last_record)?;
     match b.first_prev {
         // After an aborted record xl_prev names the record before it.
-        Some(found) if found != expected && !b.overwrites_contrecord => broken(format!(
+        Some(found) if found != expected && !b.overwrites_contrecord => Some(format!(
             "the first record of {} follows {found}, the last one before it is {expected}",
             b.name
         )),
@@ -465,6 +490,7 @@ pub(crate) mod samples {
             restore_points: Vec::new(),
             faults: Vec::new(),
             digest: String::new(),
+            pushed_by: None,
         }
     }
 
@@ -485,6 +511,7 @@ pub(crate) mod samples {
             started: Vec::new(),
             segments,
             lineages: BTreeMap::new(),
+            beginnings: BTreeMap::new(),
             damaged: Vec::new(),
         }
     }

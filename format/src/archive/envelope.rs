@@ -6,6 +6,7 @@ use std::io::Read as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::source::PushSource;
 use crate::error::{Corrupt, Problem};
 use crate::reader::{Reader, Writer};
 
@@ -260,23 +261,40 @@ pub struct WalFile {
     pub name: crate::WalFileName,
     /// Its bytes.
     pub contents: Vec<u8>,
+    /// Who pushed it, where that was noted.
+    pub pushed_by: Option<PushSource>,
 }
 
 impl WalFile {
     /// The object's bytes.
     pub fn encode(&self) -> Vec<u8> {
+        let mut directory = Writer::new();
+        self.pushed_by.iter().for_each(|source| source.encode(&mut directory));
         let mut w = Writer::new();
-        w.text(&self.name.to_string()).bytes(&self.contents);
-        Envelope::seal(ObjectKind::WalFile, w.as_bytes())
+        w.bytes(&Header { kind: ObjectKind::WalFile }.encode());
+        w.text(&self.name.to_string()).bytes(&self.contents).bytes(directory.as_bytes());
+        let mut object = w.into_bytes();
+        Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));
+        object
     }
 
     /// Reads the object.
     pub fn decode(object: &[u8]) -> Result<Self, Corrupt> {
-        let mut r = Reader::with_base(Envelope::open(object, ObjectKind::WalFile)?, HEADER_BYTES as u64);
+        let footer = Footer::check(object, ObjectKind::WalFile)?;
+        let directory_at = usize::try_from(footer.directory_at).unwrap_or(usize::MAX);
+        let end = object.len().saturating_sub(FOOTER_BYTES);
+        let payload = object.get(HEADER_BYTES..directory_at).unwrap_or_default();
+        let mut r = Reader::with_base(payload, HEADER_BYTES as u64);
         let at = r.position();
         let name = r.text("name")?;
         let name = name.parse().map_err(|_| Corrupt::invalid("name", at, name.len() as u64))?;
-        Ok(Self { name, contents: r.rest().to_vec() })
+        let mut directory =
+            Reader::with_base(object.get(directory_at..end).unwrap_or_default(), footer.directory_at);
+        let pushed_by = match directory.is_empty() {
+            true => None,
+            false => Some(PushSource::decode(&mut directory)?),
+        };
+        Ok(Self { name, contents: r.rest().to_vec(), pushed_by })
     }
 }
 
@@ -299,8 +317,9 @@ mod tests {
         }
 
         #[test]
-        fn a_wal_file_comes_back(contents in proptest::collection::vec(any::<u8>(), 0..100)) {
-            let file = WalFile { name: "00000002.history".parse().unwrap(), contents };
+        fn a_wal_file_comes_back(contents in proptest::collection::vec(any::<u8>(), 0..100), known: bool) {
+            let pushed_by = known.then(|| super::super::source::sample("db1"));
+            let file = WalFile { name: "00000002.history".parse().unwrap(), contents, pushed_by };
             prop_assert_eq!(WalFile::decode(&file.encode()), Ok(file));
         }
     }

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::source::PushSource;
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator, SystemId, TimelineId, Xid};
 use crate::reader::{Reader, Writer};
@@ -34,6 +35,8 @@ pub struct SegmentIndex {
     pub rmgrs: Vec<RmgrCount>,
     /// What `--force-admit` let through.
     pub faults: Vec<AdmittedFault>,
+    /// Who pushed it, where that was noted.
+    pub pushed_by: Option<PushSource>,
 }
 
 /// Identity, extent, and how a segment joins its neighbours.
@@ -372,9 +375,10 @@ mod section {
     pub(super) const BLOCKS: u16 = 8;
     pub(super) const RMGRS: u16 = 9;
     pub(super) const FAULTS: u16 = 10;
+    pub(super) const SOURCE: u16 = 16;
     /// In the order they are written: what a catalogue needs comes last, so that one short read of an
     /// object's end holds it.
-    pub(super) const WRITTEN: [u16; 10] = [
+    pub(super) const WRITTEN: [u16; 11] = [
         BLOCKS,
         XACTS,
         FILE_EVENTS,
@@ -384,13 +388,14 @@ mod section {
         RMGRS,
         RESTORE_POINTS,
         FAULTS,
+        SOURCE,
         INFO,
     ];
-    pub(super) const SUMMARY: [u16; 3] = [RESTORE_POINTS, FAULTS, INFO];
+    pub(super) const SUMMARY: [u16; 4] = [RESTORE_POINTS, FAULTS, SOURCE, INFO];
 }
 
 /// Every section that is written: its name on docs/format.md, its number, its version.
-pub const SECTIONS: [(&str, u16, u16); 10] = [
+pub const SECTIONS: [(&str, u16, u16); 11] = [
     ("info", section::INFO, SECTION_VERSION),
     ("xacts", section::XACTS, SECTION_VERSION),
     ("restore_points", section::RESTORE_POINTS, SECTION_VERSION),
@@ -401,12 +406,13 @@ pub const SECTIONS: [(&str, u16, u16); 10] = [
     ("blocks", section::BLOCKS, SECTION_VERSION),
     ("rmgrs", section::RMGRS, SECTION_VERSION),
     ("faults", section::FAULTS, SECTION_VERSION),
+    ("source", section::SOURCE, SECTION_VERSION),
 ];
 
 /// The number of the section that [`SegmentInfo`] is.
 pub(crate) const INFO_SECTION: u16 = section::INFO;
 /// The sections that a catalogue needs.
-pub(crate) const SUMMARY_SECTIONS: [u16; 3] = section::SUMMARY;
+pub(crate) const SUMMARY_SECTIONS: [u16; 4] = section::SUMMARY;
 /// The version of every section that is written.
 pub(crate) const SECTION_VERSION: u16 = 1;
 
@@ -424,6 +430,7 @@ impl SegmentIndex {
             blocks: Vec::new(),
             rmgrs: Vec::new(),
             faults: Vec::new(),
+            pushed_by: None,
         }
     }
 
@@ -461,6 +468,7 @@ impl SegmentIndex {
             section::RMGRS => list(w, &self.rmgrs, |w, c| {
                 w.u8(c.rmid).varint(c.records).varint(c.record_bytes).varint(c.image_bytes);
             }),
+            section::SOURCE => self.pushed_by.iter().for_each(|source| source.encode(w)),
             _ => list(w, &self.faults, |w, f| {
                 put_lsn(w, base, f.at);
                 w.text(&f.message);
@@ -519,6 +527,7 @@ impl SegmentIndex {
                     Ok(AdmittedFault { at: get_lsn(r, base)?, message: r.text("message")?.to_owned() })
                 })?;
             }
+            section::SOURCE => self.pushed_by = Some(PushSource::decode(&mut r)?),
             _ => return Ok(()),
         }
         r.finish("section")

@@ -5,23 +5,27 @@ mod catalog;
 mod detail;
 mod envelope;
 mod extents;
+mod histories;
 mod index;
 mod layers;
 mod layout;
 mod manifest;
 mod reach;
+mod source;
 mod stored_segment;
 mod windows;
 
 pub use block_set::BlockSet;
 pub use catalog::{
-    BackupEntry, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step, WalRange,
+    BackupEntry, Beginning, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step,
+    WalRange, continuity_fault,
 };
 pub use detail::{
     DETAIL_SECTIONS, ExclusiveLock, RelationWork, SegmentDetail, SubXact, TruncatedOid, Volume, XactWork,
 };
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, FrameCompressor, PackBuilder};
+pub use histories::{Pusher, TimelineHistory};
 pub use index::{
     AdmittedFault, CheckpointInfo, CheckpointKind, CommitKind, DroppedRelation, Ending, FileEvent,
     FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts, SECTIONS,
@@ -35,6 +39,7 @@ pub use manifest::{
     ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
 };
 pub use reach::Reach;
+pub use source::PushSource;
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };

@@ -302,7 +302,7 @@ impl SegmentDirectory {
         Ok(index)
     }
 
-    /// Reads what a catalogue needs: the index's info, restore points and faults, nothing else. `Ok(Err(n))`
+    /// Reads what a catalogue needs: the index's info, restore points, faults and source, nothing else. `Ok(Err(n))`
     /// says that `n` bytes of tail are needed.
     pub fn summary(&self, tail: &[u8], object_bytes: u64) -> Result<Result<SegmentIndex, u64>, Corrupt> {
         let wanted = |id: &u16, version: &u16| SUMMARY_SECTIONS.contains(id) && *version == SECTION_VERSION;
@@ -460,6 +460,7 @@ pub(crate) mod samples {
                 let blocks = blocks.into_iter().map(|block| IndexedBlock { block, last_image: (block % 2 == 0).then(|| at(u64::from(block % 999))), records_after: block }).collect();
                 i.blocks.push(ForkBlocks { relation: relation(rel), fork: ForkNumber::Main, blocks });
             }
+            i.pushed_by = (n % 2 == 0).then(|| super::super::source::sample(&name));
             i.rmgrs.push(RmgrCount { rmid: 10, records: redo, record_bytes: 1, image_bytes: 2 });
             i
         }
@@ -484,8 +485,8 @@ mod tests {
             let tail = &object[object.len() - directory.tail_bytes(object.len() as u64) as usize..];
             prop_assert_eq!(&directory.index(tail, object.len() as u64).unwrap(), &index);
             let summary = directory.summary(tail, object.len() as u64).unwrap().unwrap();
-            let faults = (&summary.faults, &summary.restore_points);
-            prop_assert_eq!((&summary.info, faults), (&index.info, (&index.faults, &index.restore_points)));
+            let faults = (&summary.faults, &summary.restore_points, &summary.pushed_by);
+            prop_assert_eq!((&summary.info, faults), (&index.info, (&index.faults, &index.restore_points, &index.pushed_by)));
             let Err(needed) = directory.summary(&tail[tail.len() - 32..], object.len() as u64).unwrap() else { panic!() };
             let short = &object[object.len() - needed as usize..];
             prop_assert_eq!(directory.summary(short, object.len() as u64).unwrap().unwrap(), summary);

@@ -133,6 +133,7 @@ impl World {
                 restore_points: points.collect(),
                 faults: vec![],
                 digest: String::new(),
+                pushed_by: None,
             }
         };
         let segments = (first..last).filter(|n| !missing.contains(n)).map(segment).collect();
@@ -151,6 +152,7 @@ impl World {
             started: vec![],
             segments,
             lineages: Default::default(),
+            beginnings: Default::default(),
             damaged: vec![],
         };
         Self { records, catalog }

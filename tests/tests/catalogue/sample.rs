@@ -160,7 +160,7 @@ impl Sample {
 
     async fn put_file(&self, name: &str, contents: Vec<u8>) {
         let name: WalFileName = name.parse().unwrap();
-        self.put(&self.names().wal_file(name), WalFile { name, contents }.encode()).await;
+        self.put(&self.names().wal_file(name), WalFile { name, contents, pushed_by: None }.encode()).await;
     }
 
     async fn put_segment(

@@ -6,6 +6,7 @@ mod checksum;
 pub mod connect;
 pub mod conninfo;
 pub mod control;
+mod copies;
 mod copy;
 pub mod doctor;
 pub mod files;
@@ -23,5 +24,6 @@ mod wanted;
 pub mod watch;
 
 pub use admit::Refusal;
+pub use copies::Sources;
 pub use copy::CopyError;
 pub use publish::PublishError;

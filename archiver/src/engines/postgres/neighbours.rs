@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt as _, StreamExt as _, future, stream};
+use tokio::sync::watch;
 use waltide_format::WalFileName;
 
 use super::push::{Looked, PushError, Pushed, Shipper};
@@ -61,14 +62,25 @@ pub(crate) async fn push_with_neighbours(
     if neighbours.is_empty() || lanes < 2 {
         return shipper.store(*arrival, threads).await;
     }
-    let own = async { Some(shipper.store(*arrival, 1).await) }.left_future();
+    // The neighbours are read and compressed meanwhile, and stored once this one is: where the archive has another
+    // server's log in its place, theirs would mix with that.
+    let (open, gate) = watch::channel(None);
+    let held = &shipper.held_until(gate);
+    let own = async {
+        let stored = shipper.store(*arrival, 1).await;
+        let is_ours = !stored.as_ref().is_err_and(PushError::is_another_log);
+        open.send_replace(Some(is_ours));
+        Some(stored)
+    }
+    .left_future();
     let dir = &dir;
     let others = neighbours.into_iter().map(|name| {
         async move {
-            match shipper.ship(&dir.file(name), 1).await {
+            match held.ship(&dir.file(name), 1).await {
                 Ok(pushed) => tracing::info!("{name} went along: {:?}", pushed.outcome),
                 // PostgreSQL has archived it meanwhile and reused the file.
                 Err(_) if !dir.is_ready(name) => {}
+                Err(PushError::HeldBack { .. }) => {}
                 Err(e) => tracing::warn!("{name} did not go along: {}", one_line(&e)),
             }
             None

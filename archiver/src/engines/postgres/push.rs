@@ -8,27 +8,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Serialize;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 use waltide_format::archive::{
-    AdmittedFault, ClusterInfo, Layout, SegmentDirectory, SegmentInfo, StoredSegment, SystemInfo, WalDigest,
-    WalFile, WalObject, pack_segment,
+    AdmittedFault, ClusterInfo, Layout, PushSource, SystemInfo, WalDigest, WalFile, WalObject, pack_segment,
 };
 use waltide_format::engines::postgres::cluster::{BackupHistory, History, HistoryError};
-use waltide_format::engines::postgres::scan::{Agreement, common_prefix};
-use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, SegmentSpan};
+use waltide_format::engines::postgres::wal::LONG_HEADER_BYTES;
 use waltide_format::{Corrupt, Lsn, SegmentName, SystemId, TimelineId, WalFileName};
 use waltide_storage::{Archive, Put, StorageError};
 
 use super::admit::{self, Admission, Refusal};
+use super::copies::{Copies, Incoming, Sources, history_difference};
 use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_head, read_whole, read_whole_with};
 use crate::init::{self, InitError, read_json};
 
 /// How segments are compressed unless the operator says otherwise: measured, docs/performance.md.
 pub const DEFAULT_LEVEL: i32 = 1;
 /// No stored segment is larger: its WAL, which is stored as it is where it does not compress, and its index.
-const OBJECT_BYTES_MAX: u64 = 3 << 29;
-/// Holds the directory and footer of a stored segment of up to 512 MiB.
-const DIRECTORY_BYTES: u64 = 8 << 10;
+pub(crate) const OBJECT_BYTES_MAX: u64 = 3 << 29;
 
 /// What to ship, and where to.
 #[derive(Debug, Clone)]
@@ -148,8 +145,8 @@ pub enum PushError {
     },
     /// The archive has other records under that name.
     #[error(
-        "{name} is already archived with different contents: it differs from {object} at {lsn}\nhint: two servers may \
-         be archiving the same timeline; stop one of them and compare."
+        "{name} is already archived with different contents: it differs from {object} at {lsn}; {sources}\nhint: two \
+         servers may be archiving the same timeline; stop one of them and compare."
     )]
     Diverges {
         /// The file.
@@ -158,17 +155,38 @@ pub enum PushError {
         object: String,
         /// The first position at which they differ.
         lsn: Lsn,
+        /// Whose they are.
+        sources: Box<Sources>,
+    },
+    /// The archived segment beside this one is of another log.
+    #[error(
+        "{name} and the archived {object} are not of one log: {why}; {sources}\nhint: two servers may be archiving the \
+         same timeline; stop one of them and compare."
+    )]
+    AnotherLog {
+        /// The file.
+        name: WalFileName,
+        /// Its archived neighbour.
+        object: String,
+        /// What does not fit.
+        why: String,
+        /// Whose they are.
+        sources: Box<Sources>,
     },
     /// The archive has another text under that name.
     #[error(
-        "{name} is already archived with different contents, as {object}\nhint: two servers may have taken the same \
-         timeline; stop one of them and compare."
+        "{name} is already archived with different contents, as {object}{how}; {sources}\nhint: two servers may have \
+         taken the same timeline; stop one of them and compare."
     )]
     Differs {
         /// The file.
         name: WalFileName,
         /// The stored copy.
         object: String,
+        /// What differs, where that can be told.
+        how: String,
+        /// Whose they are.
+        sources: Box<Sources>,
     },
     /// A history file that is none.
     #[error("{name} is refused: it is no timeline history")]
@@ -197,6 +215,12 @@ pub enum PushError {
     /// The archive could not serve.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A segment that went along was not stored, because the one it went along with was refused.
+    #[error("{name} is held back: a segment before it differs from the archive's")]
+    HeldBack {
+        /// The file.
+        name: WalFileName,
+    },
     /// Work that was handed to another thread did not come back.
     #[error("the work on {name} was cut short")]
     Interrupted {
@@ -206,6 +230,12 @@ pub enum PushError {
 }
 
 impl PushError {
+    /// Whether the archive has another server's log in the file's place. What lies behind the file in its own directory
+    /// must not be stored then, for its names may still be free.
+    pub const fn is_another_log(&self) -> bool {
+        matches!(self, Self::Diverges { .. } | Self::AnotherLog { .. } | Self::Differs { .. })
+    }
+
     /// Whether the same file may pass later without anybody doing something about the file: the archive failed, not it.
     pub fn is_archives(&self) -> bool {
         matches!(self, Self::Storage(_) | Self::NotInitialised { .. } | Self::Interrupted { .. })
@@ -241,9 +271,14 @@ struct Inner {
     layout: Layout,
     level: i32,
     force_admit: bool,
+    /// Whether anything may be stored, where that is not known yet.
+    gate: Option<Gate>,
     /// The systems of the cluster, read when first needed and again when one is not among them.
     systems: OnceCell<Vec<SystemInfo>>,
 }
+
+/// Tells whether the first segment of a run was found to be of the archive's log, once that is known.
+pub(crate) type Gate = watch::Receiver<Option<bool>>;
 
 /// A segment as it came, once it is clear whose it is.
 #[derive(Debug)]
@@ -281,13 +316,26 @@ pub(crate) enum Looked {
 impl Shipper {
     /// Ships to the cluster of `layout`, compressing at `level`.
     pub fn new(archive: Archive, layout: Layout, level: i32) -> Self {
-        Self(Arc::new(Inner { archive, layout, level, force_admit: false, systems: OnceCell::new() }))
+        Self(Arc::new(Inner {
+            archive,
+            layout,
+            level,
+            force_admit: false,
+            gate: None,
+            systems: OnceCell::new(),
+        }))
     }
 
     /// Whether damaged segments are stored with a note of their faults.
     #[must_use]
     pub fn force_admit(self, force_admit: bool) -> Self {
         Self(Arc::new(Inner { force_admit, ..(*self.0).clone() }))
+    }
+
+    /// Stores nothing until the gate opens, and nothing at all where it does not.
+    #[must_use]
+    pub(crate) fn held_until(&self, gate: Gate) -> Self {
+        Self(Arc::new(Inner { gate: Some(gate), ..(*self.0).clone() }))
     }
 
     /// Ships the file at `path`, working on `threads` threads.
@@ -325,7 +373,9 @@ impl Shipper {
             Err(why) => return Err(PushError::Refused { name, why }),
         };
         let object = self.0.layout.system(system_id).wal_file(name);
-        let stored = self.stored_digest(&object).await?;
+        let copies = self.copies(system_id);
+        let stored = copies.digest(&object).await?;
+        let mut is_there = None;
         if let Some(stored) = stored {
             let found = {
                 let path = path.to_owned();
@@ -333,7 +383,11 @@ impl Shipper {
             };
             let (digest, file_bytes) = found.map_err(unreadable)?;
             if digest == stored {
-                return self.already_there(name, object, file_bytes).await.map(Looked::Done);
+                let twins = copies.of_twin(name).await?;
+                if twins.is_empty() {
+                    return self.already_there(name, object, file_bytes).await.map(Looked::Done);
+                }
+                is_there = Some((twins, file_bytes));
             }
         }
         let read = {
@@ -341,6 +395,12 @@ impl Shipper {
             blocking(name, move || read_whole_with(&path, SEGMENT_BYTES_MAX, threads)).await?
         };
         let wal = read.map_err(unreadable)?;
+        if let Some((twins, file_bytes)) = is_there {
+            // It was stored while its twin was: neither has been compared with the other yet.
+            let pushed_by = source_of(&dir, name).await?;
+            copies.twin_holder(Incoming { name, wal: &wal, pushed_by: &pushed_by }, &twins).await?;
+            return self.already_there(name, object, file_bytes).await.map(Looked::Done);
+        }
         let is_free = stored.is_none();
         let arrival = Arrival { dir, name, segment, partial, wal, system_id, object, is_free };
         Ok(Looked::Missing(Box::new(arrival)))
@@ -364,12 +424,23 @@ impl Shipper {
         let system = self.0.layout.system(system_id);
         let info = self.system(name, system_id).await?;
         let history = self.history(&dir, segment, system_id).await?;
+        let pushed_by = source_of(&dir, name).await?;
+        let incoming = Incoming { name, wal: &wal, pushed_by: &pushed_by };
+        let copies = self.copies(system_id);
+        let twins = copies.of_twin(name).await?;
+        // A `.partial` of which the whole segment holds everything adds nothing.
+        let twin_holder = copies.twin_holder(incoming, &twins).await?.filter(|_| partial);
         let admission = Admission { segment, partial, system: info, history, dir, force: self.0.force_admit };
         let level = self.0.level;
         let packed = {
-            let wal = wal.clone();
+            let (wal, pushed_by) = (wal.clone(), pushed_by.clone());
             blocking(name, move || {
-                pack_segment(&wal, level, threads, || admission.scan(&wal)).map(|(packed, index)| {
+                let index = || {
+                    let mut index = admission.scan(&wal)?;
+                    index.pushed_by = Some(pushed_by);
+                    Ok(index)
+                };
+                pack_segment(&wal, level, threads, index).map(|(packed, index)| {
                     let digest = packed.digest();
                     (index, digest, Bytes::from(packed.seal()))
                 })
@@ -388,12 +459,26 @@ impl Shipper {
             stored_bytes,
             faults,
         };
+        if let Some(holder) = twin_holder {
+            self.0.archive.sync(&holder).await?;
+            return Ok(pushed(holder, Outcome::Contained, 0));
+        }
+        if is_free && !partial && !self.0.force_admit {
+            copies.check_neighbours(segment, &index.info, &pushed_by).await?;
+        }
+        if let Some(mut gate) = self.0.gate.clone() {
+            let passed = gate.wait_for(Option::is_some).await;
+            if !passed.is_ok_and(|passed| *passed == Some(true)) {
+                return Err(PushError::HeldBack { name });
+            }
+        }
         if is_free {
             if self.0.archive.put_new(&object, stored_object.clone()).await? == Put::Created {
+                self.compare_with_latecomers(incoming, &twins, system_id).await?;
                 return Ok(pushed(object, Outcome::Stored, stored_bytes));
             }
             // A watch and PostgreSQL's own command may ship the same file at the same time.
-            if self.stored_digest(&object).await? == Some(digest) {
+            if copies.digest(&object).await? == Some(digest) {
                 return self.already_there(name, object, file_bytes).await;
             }
         }
@@ -401,50 +486,53 @@ impl Shipper {
         // Other bytes are there under that name: every copy must agree as far as both go. Where another run puts a copy
         // there between the look and the put, the next look sees it.
         let beside = system.wal_object(WalObject::Longer { of: name, valid_end });
+        let mut known: Vec<String> = Vec::new();
+        let mut is_stored = false;
         loop {
-            let copies = self.copies(name, system_id).await?;
-            if let Some(copy) = self.holder(name, &copies, &wal).await? {
-                self.0.archive.sync(copy).await?;
-                return Ok(pushed(copy.clone(), Outcome::Contained, 0));
-            }
-            if self.0.archive.put_new(&beside, stored_object.clone()).await? == Put::Created {
+            let mut fresh = copies.of(name).await?;
+            fresh.retain(|copy| !known.contains(copy) && (!is_stored || *copy != beside));
+            if is_stored && fresh.is_empty() {
+                self.compare_with_latecomers(incoming, &twins, system_id).await?;
                 return Ok(pushed(beside, Outcome::StoredBeside, stored_bytes));
             }
-            if copies.contains(&beside) {
+            let holder = copies.holder(incoming, &fresh).await?;
+            known.append(&mut fresh);
+            if is_stored {
+                continue;
+            }
+            if let Some(copy) = holder {
+                self.0.archive.sync(&copy).await?;
+                return Ok(pushed(copy, Outcome::Contained, 0));
+            }
+            is_stored = self.0.archive.put_new(&beside, stored_object.clone()).await? == Put::Created;
+            if !is_stored && known.contains(&beside) {
                 let source = Corrupt::invalid("valid_end", 0, valid_end.get());
                 return Err(PushError::Damaged { object: beside, source });
             }
         }
     }
 
-    /// The copy, of those given, that holds every valid record of `wal`. One that disagrees with it is an error.
-    async fn holder<'a>(
+    /// Compares what has just been stored with copies under the segment's other name that came at the same time: of two
+    /// that disagree, one at least is not acknowledged.
+    async fn compare_with_latecomers(
         &self,
-        name: WalFileName,
-        copies: &'a [String],
-        wal: &Bytes,
-    ) -> Result<Option<&'a String>, PushError> {
-        let mut holder = None;
-        for copy in copies {
-            let found = self.0.archive.get(copy, OBJECT_BYTES_MAX).await?;
-            let damaged = |source| PushError::Damaged { object: copy.clone(), source };
-            let found = blocking(name, move || StoredSegment::decode(&found)).await?.map_err(damaged)?;
-            let wal = wal.clone();
-            let compared = blocking(name, move || compare(&wal, &found.wal, &found.index.info)).await?;
-            match compared {
-                Agreement::Diverge { at: lsn } => {
-                    return Err(PushError::Diverges { name, object: copy.clone(), lsn });
-                }
-                Agreement::Same | Agreement::SecondIsLonger => holder = Some(copy),
-                Agreement::FirstIsLonger => {}
-            }
-        }
-        Ok(holder)
+        incoming: Incoming<'_>,
+        known: &[String],
+        system_id: SystemId,
+    ) -> Result<(), PushError> {
+        let copies = self.copies(system_id);
+        let mut twins = copies.of_twin(incoming.name).await?;
+        twins.retain(|twin| !known.contains(twin));
+        copies.twin_holder(incoming, &twins).await.map(|_| ())
+    }
+
+    fn copies(&self, system_id: SystemId) -> Copies<'_> {
+        Copies::new(&self.0.archive, self.0.layout.system(system_id))
     }
 
     async fn ship_text(&self, dir: WalDir, path: &Path, name: WalFileName) -> Result<Pushed, PushError> {
         let (read, beside) = {
-            let path = path.to_owned();
+            let (path, dir) = (path.to_owned(), dir.clone());
             blocking(name, move || (read_whole(&path, TEXT_BYTES_MAX), dir.system())).await?
         };
         let contents = read.map_err(|source| PushError::Read { path: path.to_owned(), source })?;
@@ -478,7 +566,8 @@ impl Shipper {
         self.system(name, system_id).await?;
         let object = self.0.layout.system(system_id).wal_file(name);
         let file_bytes = contents.len() as u64;
-        let wal_file = WalFile { name, contents };
+        let pushed_by = source_of(&dir, name).await?;
+        let wal_file = WalFile { name, contents, pushed_by: Some(pushed_by.clone()) };
         let encoded = Bytes::from(wal_file.encode());
         let stored_bytes = encoded.len() as u64;
         let pushed = |outcome, stored_bytes| Pushed {
@@ -495,49 +584,22 @@ impl Shipper {
         let found = self.0.archive.get(&object, TEXT_BYTES_MAX.saturating_mul(2)).await?;
         let found = WalFile::decode(&found)
             .map_err(|source| PushError::Damaged { object: object.clone(), source })?;
-        if found == wal_file {
+        if (found.name, &found.contents) == (wal_file.name, &wal_file.contents) {
             return Ok(pushed(Outcome::AlreadyThere, 0));
         }
-        Err(PushError::Differs { name, object })
+        let how = match name {
+            WalFileName::History(timeline) => {
+                history_difference(timeline, &wal_file.contents, &found.contents).unwrap_or_default()
+            }
+            _ => String::new(),
+        };
+        let sources = Box::new(Sources { pushed_by, stored_by: found.pushed_by });
+        Err(PushError::Differs { name, object, how, sources })
     }
 
     /// Whether something lies under a name that was free when it was looked at.
     pub(crate) async fn has_appeared(&self, arrival: &Arrival) -> Result<bool, PushError> {
         Ok(arrival.is_free && self.0.archive.head(&arrival.object).await?.is_some())
-    }
-
-    /// The digest of the WAL that is stored as `object`, if there is such an object.
-    async fn stored_digest(&self, object: &str) -> Result<Option<[u8; 32]>, PushError> {
-        let mut wanted = DIRECTORY_BYTES;
-        loop {
-            let (tail, size) = match self.0.archive.get_tail(object, wanted).await {
-                Ok(found) => found,
-                Err(e) if e.is_not_found() => return Ok(None),
-                Err(e) => return Err(e.into()),
-            };
-            let damaged = |source| PushError::Damaged { object: object.to_owned(), source };
-            match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
-                Ok(directory) => return Ok(Some(directory.digest)),
-                Err(needed) if needed > wanted && needed <= OBJECT_BYTES_MAX => wanted = needed,
-                Err(needed) => {
-                    return Err(damaged(Corrupt::too_large("directory", 0, needed, OBJECT_BYTES_MAX)));
-                }
-            }
-        }
-    }
-
-    /// Every stored copy of a segment.
-    async fn copies(&self, name: WalFileName, system_id: SystemId) -> Result<Vec<String>, PushError> {
-        let system = self.0.layout.system(system_id);
-        let (WalFileName::Segment(segment) | WalFileName::Partial(segment)) = name else {
-            return Ok(Vec::new());
-        };
-        let listing = self.0.archive.list_names(&system.timeline(segment.timeline())).await?;
-        let is_copy = |path: &str| match system.parse_wal(path) {
-            Some(WalObject::File(of) | WalObject::Longer { of, .. }) => of == name,
-            None => false,
-        };
-        Ok(listing.objects.into_iter().map(|o| o.path).filter(|path| is_copy(path)).collect())
     }
 
     /// The systems that the cluster has had.
@@ -626,21 +688,14 @@ fn digest_of(path: &Path) -> std::io::Result<([u8; 32], u64)> {
     }
 }
 
-/// How an incoming segment stands to a stored copy. One of them without a readable first page holds no record.
-fn compare(incoming: &[u8], stored: &[u8], info: &SegmentInfo) -> Agreement {
-    let span = info.name.start(info.size).and_then(|start| SegmentSpan::containing(start, info.size));
-    let Some(span) = span else { return Agreement::FirstIsLonger };
-    let holds_records = |wal| common_prefix(wal, wal, span).is_ok();
-    match common_prefix(incoming, stored, span) {
-        Ok(agreement) => agreement,
-        Err(_) if holds_records(stored) => Agreement::SecondIsLonger,
-        Err(_) if holds_records(incoming) => Agreement::FirstIsLonger,
-        Err(_) => Agreement::Diverge { at: span.start() },
-    }
+/// Who pushes a file that lies in `dir`.
+async fn source_of(dir: &WalDir, name: WalFileName) -> Result<PushSource, PushError> {
+    let dir = dir.clone();
+    blocking(name, move || dir.source()).await
 }
 
 /// Runs work that computes or waits for the disk where it holds up nobody.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     name: WalFileName,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, PushError> {

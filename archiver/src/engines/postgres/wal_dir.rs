@@ -10,9 +10,10 @@ use bytes::Bytes;
 use memmap2::MmapMut;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use waltide_format::engines::postgres::cluster::{ControlFile, History};
+use waltide_format::archive::PushSource;
+use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile, History};
 use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader};
-use waltide_format::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId, WalFileName};
+use waltide_format::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId, TimestampTz, WalFileName};
 
 /// The largest segment there is.
 pub(crate) const SEGMENT_BYTES_MAX: u64 = 1 << 30;
@@ -122,12 +123,30 @@ impl WalDir {
         self.archive_status().join(format!("{name}.ready")).exists()
     }
 
+    /// Who pushes what lies here: this machine, the data directory, and what its pg_control says now.
+    pub(crate) fn source(&self) -> PushSource {
+        let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        let is_wal = path.file_name().is_some_and(|name| name == "pg_wal");
+        let directory = if is_wal { path.parent().unwrap_or(&path) } else { &path };
+        let control = self.control();
+        PushSource {
+            host: crate::host::name(),
+            directory: directory.to_string_lossy().into_owned(),
+            pushed: TimestampTz::from_jiff(jiff::Timestamp::now()),
+            timeline: control.as_ref().map(|c| c.checkpoint_copy.timeline),
+            recovering: control.as_ref().map(|c| c.state == ClusterState::InArchiveRecovery),
+        }
+    }
+
+    /// What pg_control says beside `pg_wal`.
+    fn control(&self) -> Option<ControlFile> {
+        let path = self.path.parent()?.join("global/pg_control");
+        ControlFile::decode(&read_whole(&path, TEXT_BYTES_MAX).ok()?).ok()
+    }
+
     /// Which cluster's directory this is: what pg_control says beside `pg_wal`, or else a segment that lies here.
     pub(crate) fn system(&self) -> Option<SystemId> {
-        let beside = self.path.parent().map(|data_dir| data_dir.join("global/pg_control"));
-        let control = beside.and_then(|path| read_whole(&path, TEXT_BYTES_MAX).ok());
-        let control = control.and_then(|bytes| ControlFile::decode(&bytes).ok());
-        if let Some(control) = control {
+        if let Some(control) = self.control() {
             return Some(control.system_id);
         }
         let directory = if self.path.as_os_str().is_empty() { Path::new(".") } else { &self.path };

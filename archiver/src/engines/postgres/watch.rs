@@ -73,12 +73,14 @@ struct Waiting {
     until: Instant,
     delay: Duration,
     told: String,
+    /// Whether the archive has another server's log in the file's place.
+    is_another_log: bool,
 }
 
 impl Waiting {
-    fn after(previous: Option<&Self>, told: String) -> Self {
+    fn after(previous: Option<&Self>, told: String, is_another_log: bool) -> Self {
         let delay = previous.map_or(BACK_OFF_MIN, |w| w.delay.saturating_mul(2).min(BACK_OFF_MAX));
-        Self { until: later(delay), delay, told }
+        Self { until: later(delay), delay, told, is_another_log }
     }
 }
 
@@ -122,6 +124,8 @@ pub async fn watch(
     let mut done: HashSet<WalFileName> = HashSet::new();
     let mut waiting: HashMap<WalFileName, Waiting> = HashMap::new();
     let mut archive_waits: Option<Waiting> = None;
+    // Whether a file was found to be of the archive's log: until then one goes at a time.
+    let mut is_trusted = false;
     let mut in_flight = FuturesUnordered::new();
     let mut flying: HashSet<WalFileName> = HashSet::new();
     let mut stop = pin!(stop);
@@ -154,11 +158,16 @@ pub async fn watch(
         for name in ready {
             let length = std::fs::metadata(dir.file(name)).map_or(0, |meta| meta.len());
             // While the archive fails, one file at a time finds out whether it still does.
-            let room = if archive_waits.is_some() { 1 } else { lanes(request.threads, length) };
+            let alone = archive_waits.is_some() || !is_trusted;
+            let room = if alone { 1 } else { lanes(request.threads, length) };
             if archive_rests || flying.len() >= room {
                 break;
             }
             let rests = waiting.get(&name).is_some_and(|w| w.until > now);
+            // What lies behind a file that is refused so is of the same log as that.
+            if rests && waiting.get(&name).is_some_and(|w| w.is_another_log) {
+                break;
+            }
             if rests || done.contains(&name) || !flying.insert(name) {
                 continue;
             }
@@ -177,7 +186,7 @@ pub async fn watch(
             () = &mut stop => break,
             Some((name, outcome)) = in_flight.next() => {
                 flying.remove(&name);
-                settle(name, outcome, &mut watched, &mut done, &mut waiting, &mut archive_waits);
+                settle(name, outcome, &mut watched, &mut done, &mut waiting, &mut archive_waits, &mut is_trusted);
             }
             Some(()) = told.recv(), if is_watching => {}
             () = tokio::time::sleep_until(wake) => {}
@@ -185,7 +194,7 @@ pub async fn watch(
     }
     let arrive = async {
         while let Some((name, outcome)) = in_flight.next().await {
-            settle(name, outcome, &mut watched, &mut done, &mut waiting, &mut archive_waits);
+            settle(name, outcome, &mut watched, &mut done, &mut waiting, &mut archive_waits, &mut is_trusted);
         }
     };
     if tokio::time::timeout(STOP_GRACE, arrive).await.is_err() {
@@ -202,6 +211,7 @@ fn settle(
     done: &mut HashSet<WalFileName>,
     waiting: &mut HashMap<WalFileName, Waiting>,
     archive_waits: &mut Option<Waiting>,
+    is_trusted: &mut bool,
 ) {
     match outcome {
         None => {}
@@ -222,6 +232,7 @@ fn settle(
             }
             waiting.remove(&name);
             done.insert(name);
+            *is_trusted = true;
         }
         Some(Err(e)) => {
             watched.failures = watched.failures.saturating_add(1);
@@ -233,7 +244,8 @@ fn settle(
             if previous.is_none_or(|w| w.told != text) {
                 tracing::warn!("{name} is not shipped: {text}");
             }
-            let next = Waiting::after(previous, text);
+            let next = Waiting::after(previous, text, e.is_another_log());
+            *is_trusted &= !next.is_another_log;
             match e.is_archives() {
                 true => *archive_waits = Some(next),
                 false => drop(waiting.insert(name, next)),

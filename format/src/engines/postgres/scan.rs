@@ -394,6 +394,19 @@ pub fn common_prefix(first: &[u8], second: &[u8], span: SegmentSpan) -> Result<A
     }
 }
 
+/// How two stored copies of a segment stand to each other. A copy without a readable first page holds no record.
+pub fn agreement(first: &[u8], second: &[u8], name: SegmentName, size: SegmentSize) -> Agreement {
+    let span = name.start(size).and_then(|start| SegmentSpan::containing(start, size));
+    let Some(span) = span else { return Agreement::FirstIsLonger };
+    let holds_records = |wal| common_prefix(wal, wal, span).is_ok();
+    match common_prefix(first, second, span) {
+        Ok(agreement) => agreement,
+        Err(_) if holds_records(second) => Agreement::SecondIsLonger,
+        Err(_) if holds_records(first) => Agreement::FirstIsLonger,
+        Err(_) => Agreement::Diverge { at: span.start() },
+    }
+}
+
 /// A record, or the part of one that lies in the segment.
 enum Part<'r> {
     Record(Lsn, &'r [u8]),

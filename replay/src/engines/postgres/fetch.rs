@@ -200,7 +200,7 @@ impl Fetcher {
                 size.and_then(|size| next_ahead(queue, Wanted { after: name, size, system }, request));
             return Ok(Fetched { bytes, from_queue: true, ahead });
         }
-        let segment = self.segment(&layout, system, name).await?;
+        let segment = self.segment(&layout, system, request.name).await?;
         let size = segment.index.info.size;
         write(&dest, &segment.wal, size.bytes())?;
         // A segment whose log ends inside is the archive's last.
@@ -222,7 +222,8 @@ impl Fetcher {
         let missing: Vec<_> = following.take(count).filter(|name| !queue.holds(*name)).collect();
         let bring = |name| {
             let layout = &layout;
-            async move { Ok::<_, FetchError>((name, self.segment(layout, wanted.system, name).await?)) }
+            let of = WalFileName::Segment(name);
+            async move { Ok::<_, FetchError>((name, self.segment(layout, wanted.system, of).await?)) }
         };
         let brought = futures_util::stream::iter(missing).map(bring).buffered(AHEAD_AT_ONCE);
         let put = async |count: u64, (name, segment): (SegmentName, StoredSegment)| {
@@ -308,14 +309,16 @@ impl Fetcher {
         retrying(async || Ok(self.archive.get(path, bytes_max).await?)).await
     }
 
-    /// The copy of a segment that reaches furthest, checked.
+    /// The copy of a segment, or of a `.partial`, that reaches furthest, checked.
     async fn segment(
         &self,
         layout: &SystemLayout,
         system: SystemId,
-        name: SegmentName,
+        of: WalFileName,
     ) -> Result<StoredSegment, FetchError> {
-        let of = WalFileName::Segment(name);
+        let (WalFileName::Segment(name) | WalFileName::Partial(name)) = of else {
+            return Err(self.not_there(layout, system, layout.wal_file(of)).await);
+        };
         let plain = match self.copy(layout.wal_file(of), system, name).await {
             Err(FetchError::Storage(e)) if e.is_not_found() => {
                 return Err(self.not_there(layout, system, layout.wal_file(of)).await);
@@ -329,14 +332,27 @@ impl Fetcher {
         }
         let listed =
             retrying(async || Ok(self.archive.list_names(&layout.timeline(name.timeline())).await?)).await?;
-        let longer = listed.objects.iter().filter_map(|o| match layout.parse_wal(&o.path)? {
-            WalObject::Longer { of: found, valid_end } if found == of => Some((valid_end, o.path.clone())),
-            _ => None,
-        });
-        match longer.max() {
-            Some((_, path)) => self.copy(path, system, name).await,
-            None => plain,
+        // A whole segment that a standby cut short may be shorter than the `.partial` of one that was promoted. Where
+        // the plain copy is damaged nobody knows whether it was.
+        let partial = WalFileName::Partial(name);
+        let twin = (of != partial && plain.is_ok()).then_some(partial);
+        let mut furthest = plain;
+        for wanted in std::iter::once(of).chain(twin) {
+            let copies = listed.objects.iter().filter_map(|o| match layout.parse_wal(&o.path)? {
+                WalObject::Longer { of: found, valid_end } if found == wanted => {
+                    Some((valid_end, o.path.clone()))
+                }
+                WalObject::File(found) if found == wanted && found != of => Some((Lsn::ZERO, o.path.clone())),
+                _ => None,
+            });
+            let Some((_, path)) = copies.max() else { continue };
+            let found = self.copy(path, system, name).await?;
+            let valid_end = found.index.info.valid_end;
+            if furthest.as_ref().map_or(true, |f| f.index.info.valid_end < valid_end) {
+                furthest = Ok(found);
+            }
         }
+        furthest
     }
 
     async fn copy(
@@ -357,21 +373,13 @@ impl Fetcher {
         system: SystemId,
         name: WalFileName,
     ) -> Result<Vec<u8>, FetchError> {
-        let path = layout.wal_file(name);
-        if let WalFileName::Partial(segment) = name {
-            let copy = self.copy(path.clone(), system, segment).await;
-            return match copy {
-                Err(FetchError::Storage(e)) if e.is_not_found() => {
-                    Err(self.not_there(layout, system, path).await)
-                }
-                Ok(found) => {
-                    let mut wal = found.wal;
-                    wal.resize(usize::try_from(found.index.info.size.bytes()).unwrap_or(0), 0);
-                    Ok(wal)
-                }
-                Err(e) => Err(e),
-            };
+        if matches!(name, WalFileName::Partial(_)) {
+            let found = self.segment(layout, system, name).await?;
+            let mut wal = found.wal;
+            wal.resize(usize::try_from(found.index.info.size.bytes()).unwrap_or(0), 0);
+            return Ok(wal);
         }
+        let path = layout.wal_file(name);
         let object = match self.get(&path, SMALL_OBJECT_BYTES_MAX).await {
             Err(FetchError::Storage(e)) if e.is_not_found() => {
                 return Err(self.not_there(layout, system, path).await);
@@ -692,7 +700,7 @@ mod tests {
     async fn a_history_file_is_brought_under_its_own_name_only() {
         let place = place().await;
         let two = WalFileName::History(TimelineId::new(2).unwrap());
-        let file = WalFile { name: two, contents: b"1\t0/3000000\tx\n".to_vec() };
+        let file = WalFile { name: two, contents: b"1\t0/3000000\tx\n".to_vec(), pushed_by: None };
         put(&place.archive, &place.layout.wal_file(two), file.encode()).await;
         place.fetch("00000002.history").await.unwrap();
         assert_eq!(place.dest().unwrap(), file.contents);

@@ -132,6 +132,7 @@ async fn site() -> Site {
         restore_points: vec![],
         faults: vec![],
         digest: String::new(),
+        pushed_by: None,
     };
     let catalog = Catalog {
         cluster: "main".into(),
@@ -140,6 +141,7 @@ async fn site() -> Site {
         started: vec![],
         segments: vec![segment],
         lineages: BTreeMap::new(),
+        beginnings: BTreeMap::new(),
         damaged: vec![],
     };
     let goal = Goal::new(Target::Immediate);
