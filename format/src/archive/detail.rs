@@ -15,7 +15,7 @@ pub struct SegmentDetail {
     pub work: Vec<XactWork>,
     /// Records that carry no transaction's number.
     pub unowned: Volume,
-    /// Heap records whose rows could not be told.
+    /// Records whose CRC is right and of which this program cannot read what they say.
     pub unread_records: u64,
     /// Subtransactions of which the records say whose they are, by rising number.
     pub parents: Vec<SubXact>,
@@ -297,7 +297,7 @@ impl SegmentDetail {
 
 impl XactWork {
     /// Adds what the same transaction did later.
-    fn add(&mut self, later: Self) {
+    pub fn add(&mut self, later: Self) {
         self.first = self.first.min(later.first);
         self.last = self.last.max(later.last);
         self.volume.add(later.volume);

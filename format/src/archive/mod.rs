@@ -43,7 +43,7 @@ pub use source::PushSource;
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };
-pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow};
+pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow, Stretch};
 
 #[cfg(test)]
 pub(crate) use stored_segment::samples;

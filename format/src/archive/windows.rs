@@ -56,6 +56,15 @@ pub struct Hole {
     pub by_retention: bool,
 }
 
+/// A run along a line, and what is missing behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stretch<'a> {
+    /// The segments.
+    pub run: Run<'a>,
+    /// The hole between its end and the next stretch; `None` where the line ends.
+    pub hole: Option<Gap>,
+}
+
 /// All of it.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Coverage {
@@ -92,6 +101,24 @@ impl Catalog {
     /// The lines of all timelines, oldest first.
     pub fn lines(&self) -> Vec<Lineage> {
         self.timelines().into_iter().map(|t| self.lineage(t)).collect()
+    }
+
+    /// Everything there is along a line, from its first segment to its last.
+    pub fn stretches(&self, line: &Lineage) -> Vec<Stretch<'_>> {
+        let mut stretches = Vec::new();
+        let mut from = Lsn::ZERO;
+        loop {
+            let run = self.run(line, from);
+            let hole = run.broken.clone().or_else(|| self.next_along(line, &run, from));
+            let next = hole.as_ref().map(|gap| gap.to).filter(|next| *next > from);
+            if !run.steps.is_empty() {
+                stretches.push(Stretch { run, hole });
+            }
+            match next {
+                Some(next) => from = next,
+                None => return stretches,
+            }
+        }
     }
 
     /// What can be restored to, and what stands in the way of more.
@@ -288,5 +315,27 @@ mod tests {
         let [hole] = found.holes.as_slice() else { panic!("{found:?}") };
         assert_eq!(hole.gap.to_string(), "000000020000000000000005 is missing");
         assert_eq!(hole.harms.len(), 1);
+    }
+
+    #[test]
+    fn a_line_is_walked_over_its_holes() {
+        let fork = Lsn::from(7 * SIZE + 1000);
+        let mut segments: Vec<_> = [3, 4, 6, 7].into_iter().map(|n| segment(1, n)).collect();
+        segments.extend((7..9).map(|n| segment(2, n)));
+        segments[3].info.first_prev = Some(Lsn::from(7));
+        let mut c = catalog(segments);
+        c.lineages.insert(t(2), Lineage { ancestors: vec![(t(1), fork)], timeline: t(2) });
+        let told = |timeline| {
+            let found = c.stretches(&c.lineage(t(timeline)));
+            let hole = |s: &Stretch<'_>| s.hole.as_ref().map(ToString::to_string).unwrap_or_default();
+            found.iter().map(|s| (s.run.steps.len(), hole(s))).collect::<Vec<_>>()
+        };
+        let missing = "000000010000000000000005 is missing".to_owned();
+        assert_eq!(told(2), [(2, missing.clone()), (3, String::new())]);
+        let [first, second, third] = &told(1)[..] else { panic!("{:?}", told(1)) };
+        assert_eq!((first, second.0, third), (&(2, missing), 1, &(1, String::new())));
+        assert!(second.1.starts_with("the WAL breaks at 0/7000000: "), "{}", second.1);
+        c.segments.clear();
+        assert_eq!(c.stretches(&c.lineage(t(1))), []);
     }
 }

@@ -4,13 +4,13 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::archive::{
-    ExclusiveLock, FileEvent, RelationWork, RunningXacts, SegmentDetail, SubXact, TruncatedOid, Volume,
-    XactEnd, XactWork,
+    CheckpointInfo, CheckpointKind, ExclusiveLock, FileEvent, RelationWork, RunningXacts, SegmentDetail,
+    SubXact, TruncatedOid, Volume, XactEnd, XactWork,
 };
-use crate::engines::postgres::effects::{file_event, running_xacts, xact_end};
+use crate::engines::postgres::effects::{checkpoint, file_event, running_xacts, xact_end};
 use crate::engines::postgres::wal::{
     Damage, ExclusiveLocks, Expected, HeapTruncate, Next, PreviousTail, Record, RecordStream, Rmgr,
-    RowChange, SegmentSpan, XactAssignment,
+    RowChange, SegmentSpan, XactAssignment, XlogRecord,
 };
 use crate::error::Corrupt;
 use crate::ids::{Lsn, RelFileLocator, Xid};
@@ -27,6 +27,8 @@ pub struct Telling {
     pub file_events: Vec<FileEvent>,
     /// The horizons that running-xacts records tell, in LSN order.
     pub running_xacts: Vec<RunningXacts>,
+    /// Checkpoints, in LSN order.
+    pub checkpoints: Vec<CheckpointInfo>,
     /// What the next segment has to go on from; `None` where the log stops inside this one.
     pub tail: Option<PreviousTail>,
     /// What ended the reading, where that is no end of a log.
@@ -42,6 +44,7 @@ impl Telling {
         self.xacts.splice(0..0, head.xacts);
         self.file_events.splice(0..0, head.file_events);
         self.running_xacts.splice(0..0, head.running_xacts);
+        self.checkpoints.splice(0..0, head.checkpoints);
     }
 }
 
@@ -117,6 +120,7 @@ impl Teller {
                 self.add_effects(record)
             }
             Rmgr::HEAP => self.add_truncate(record),
+            Rmgr::XLOG => self.add_checkpoint(record),
             _ => Ok(()),
         };
         if effects.is_err() {
@@ -180,6 +184,16 @@ impl Teller {
         } else if let Some(event) = file_event(record)? {
             self.told.file_events.push(event);
         }
+        Ok(())
+    }
+
+    fn add_checkpoint(&mut self, record: &Record<'_>) -> Result<(), Corrupt> {
+        let (kind, found) = match XlogRecord::decode(record).transpose()? {
+            Some(XlogRecord::CheckpointShutdown(found)) => (CheckpointKind::Shutdown, found),
+            Some(XlogRecord::CheckpointOnline(found)) => (CheckpointKind::Online, found),
+            _ => return Ok(()),
+        };
+        self.told.checkpoints.push(checkpoint(record, kind, &found));
         Ok(())
     }
 

@@ -1,9 +1,11 @@
 //! What a record does besides changing pages, in the words of the archive's indexes.
 
-use crate::archive::{CommitKind, FileEvent, FileEventKind, RunningXacts, XactEnd};
+use crate::archive::{
+    CheckpointInfo, CheckpointKind, CommitKind, FileEvent, FileEventKind, RunningXacts, XactEnd,
+};
 use crate::engines::postgres::wal::{
-    DatabaseRecord, Prepare, Record, RelationMapUpdate, RunningXactsRecord, SmgrRecord, TablespaceRecord,
-    XactKind, XactRecord,
+    Checkpoint, DatabaseRecord, Prepare, Record, RelationMapUpdate, RunningXactsRecord, SmgrRecord,
+    TablespaceRecord, XactKind, XactRecord,
 };
 use crate::error::Corrupt;
 
@@ -46,6 +48,22 @@ fn prepared(record: &Record<'_>, prepare: Prepare) -> XactEnd {
         // What it drops goes with its COMMIT PREPARED or ROLLBACK PREPARED, which lists it again.
         dropped: Vec::new(),
         gid: Some(prepare.gid),
+    }
+}
+
+/// What a checkpoint's record says.
+pub(super) const fn checkpoint(record: &Record<'_>, kind: CheckpointKind, c: &Checkpoint) -> CheckpointInfo {
+    CheckpointInfo {
+        kind,
+        start: record.start,
+        end: record.end,
+        redo: c.redo,
+        timeline: c.timeline,
+        previous_timeline: c.previous_timeline,
+        full_page_writes: c.full_page_writes,
+        next_full_xid: c.next_full_xid,
+        oldest_active_xid: c.oldest_active_xid,
+        time: c.time(),
     }
 }
 

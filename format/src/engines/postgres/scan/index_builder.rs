@@ -6,8 +6,8 @@ use crate::archive::{
     AdmittedFault, CheckpointInfo, CheckpointKind, FileEvent, ForkBlocks, IndexedBlock, RestorePoint,
     RmgrCount, RunningXacts, SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
-use crate::engines::postgres::effects::{file_event, running_xacts, xact_end};
-use crate::engines::postgres::wal::{Checkpoint, Record, Rmgr, SegmentSpan, XlogRecord, implicit_vm_blocks};
+use crate::engines::postgres::effects::{checkpoint, file_event, running_xacts, xact_end};
+use crate::engines::postgres::wal::{Record, Rmgr, SegmentSpan, XlogRecord, implicit_vm_blocks};
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
 
@@ -153,9 +153,11 @@ impl IndexBuilder {
                         time: c.time(),
                     });
                 }
-                self.add_checkpoint(record, CheckpointKind::Shutdown, &c);
+                self.checkpoints.push(checkpoint(record, CheckpointKind::Shutdown, &c));
             }
-            XlogRecord::CheckpointOnline(c) => self.add_checkpoint(record, CheckpointKind::Online, &c),
+            XlogRecord::CheckpointOnline(c) => {
+                self.checkpoints.push(checkpoint(record, CheckpointKind::Online, &c));
+            }
             XlogRecord::EndOfRecovery(e) => self.timeline_ends.push(TimelineEnd {
                 start: record.start,
                 timeline: e.timeline,
@@ -170,21 +172,6 @@ impl IndexBuilder {
             }),
             _ => {}
         }
-    }
-
-    fn add_checkpoint(&mut self, record: &Record<'_>, kind: CheckpointKind, c: &Checkpoint) {
-        self.checkpoints.push(CheckpointInfo {
-            kind,
-            start: record.start,
-            end: record.end,
-            redo: c.redo,
-            timeline: c.timeline,
-            previous_timeline: c.previous_timeline,
-            full_page_writes: c.full_page_writes,
-            next_full_xid: c.next_full_xid,
-            oldest_active_xid: c.oldest_active_xid,
-            time: c.time(),
-        });
     }
 
     fn touch(
