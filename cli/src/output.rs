@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Write as _;
+use std::ops::ControlFlow;
 
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
@@ -32,6 +33,64 @@ pub(crate) fn answer<T: Serialize>(
 pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(Failure::from)
+}
+
+/// An answer that comes line by line.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    out: std::io::BufWriter<std::io::Stdout>,
+    written: std::io::Result<()>,
+}
+
+impl Lines {
+    /// None so far.
+    pub(crate) fn new() -> Self {
+        Self { out: std::io::BufWriter::with_capacity(64 << 10, std::io::stdout()), written: Ok(()) }
+    }
+
+    /// A line; breaks where it could not be written.
+    pub(crate) fn text(&mut self, line: &str) -> ControlFlow<()> {
+        let written = writeln!(self.out, "{line}");
+        self.went(written)
+    }
+
+    /// A value as JSON, on a line of its own.
+    pub(crate) fn json<T: Serialize>(&mut self, value: &T) -> ControlFlow<()> {
+        let written = serde_json::to_writer(&mut self.out, value).map_err(std::io::Error::from);
+        let written = written.and_then(|()| writeln!(self.out));
+        self.went(written)
+    }
+
+    /// Puts out what was kept back.
+    pub(crate) fn flush(&mut self) {
+        let flushed = self.out.flush();
+        let _ = self.went(flushed);
+    }
+
+    /// The end.
+    pub(crate) fn finish(mut self) -> Result<(), Failure> {
+        self.flush();
+        match self.written {
+            // A reader that went away (`| head`) is no failure of ours.
+            Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn went(&mut self, written: std::io::Result<()>) -> ControlFlow<()> {
+        if self.written.is_ok() {
+            self.written = written;
+        }
+        match self.written {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    }
+}
+
+/// Something that is good to know.
+pub(crate) fn note(text: &str) {
+    eprintln!("waltide: {text}");
 }
 
 /// What went wrong.

@@ -8,6 +8,7 @@
 
 mod drill;
 pub mod engines;
+pub mod log;
 mod plan;
 mod report;
 mod resolve;

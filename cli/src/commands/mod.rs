@@ -10,6 +10,7 @@ mod info;
 mod init;
 mod keep;
 mod list;
+mod log;
 mod man;
 mod prune;
 mod push;
@@ -35,6 +36,7 @@ pub(crate) enum Command {
     Import(import::Args),
     List(list::Args),
     Info(info::Args),
+    Log(log::Args),
     Restore(restore::Args),
     Status(status::Args),
     Verify(verify::Args),
@@ -57,6 +59,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,
+        Command::Log(args) => log::run(args, context).await,
         Command::Restore(args) => restore::run(args, context).await,
         Command::Status(args) => status::run(&args, context).await,
         Command::Verify(args) => verify::run(&args, context).await,

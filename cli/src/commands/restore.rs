@@ -112,7 +112,7 @@ fn owner(text: &str) -> Result<Owner, String> {
     Owner::parse(text).ok_or_else(|| format!("there is no user {text:?}"))
 }
 
-fn time(text: &str) -> Result<TimestampTz, String> {
+pub(super) fn time(text: &str) -> Result<TimestampTz, String> {
     TimestampTz::parse_in(text, &jiff::tz::TimeZone::system()).map_err(|e| e.to_string())
 }
 

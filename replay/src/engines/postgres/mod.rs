@@ -12,6 +12,7 @@ mod scratch_server;
 mod scratch_settings;
 mod start;
 mod tablespaces;
+mod tellings;
 pub(crate) mod verify;
 
 pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
@@ -26,3 +27,4 @@ pub use restore::{
 pub use scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 pub use start::{Outcome, Server, ServerState, StartError};
 pub use tablespaces::made_tablespaces;
+pub use tellings::SegmentPart;
