@@ -13,6 +13,7 @@ mod manifest;
 mod reach;
 mod source;
 mod stored_segment;
+mod stretch;
 mod windows;
 
 pub use block_set::BlockSet;

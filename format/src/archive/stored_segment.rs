@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest as _, Sha256};
 
-use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, decompress};
+use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind};
 use super::index::{INFO_SECTION, SECTION_VERSION, SUMMARY_SECTIONS, SegmentIndex, SegmentInfo, decode_info};
+use super::stretch::{SECTION_BYTES_MAX, Stretch, pack_with};
 use crate::error::{Corrupt, Problem};
 use crate::reader::{Reader, Writer};
 
@@ -13,46 +14,6 @@ use crate::reader::{Reader, Writer};
 const CHUNK_BYTES: usize = 1 << 20;
 /// The largest segment there is.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
-/// No section is larger; the blocks of a 1 GiB segment stay far below.
-const SECTION_BYTES_MAX: u64 = 1 << 30;
-
-/// One stretch of an object: where it lies, its checksum, its length once decompressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stretch {
-    at: u64,
-    stored_bytes: u64,
-    raw_bytes: u64,
-    crc: u32,
-}
-
-impl Stretch {
-    fn end(self) -> u64 {
-        self.at.saturating_add(self.stored_bytes)
-    }
-
-    /// The stretch's bytes out of `object`, checked and decompressed. Equal lengths say it was stored as it was.
-    fn read(self, object: &[u8], field: &'static str) -> Result<Vec<u8>, Corrupt> {
-        let damaged = Corrupt { field, at: self.at, problem: Problem::Compression };
-        let range = usize::try_from(self.at).ok().zip(usize::try_from(self.end()).ok());
-        let stored = range.and_then(|(from, to)| object.get(from..to)).ok_or(damaged)?;
-        let found = crc32fast::hash(stored);
-        if found != self.crc {
-            return Err(Corrupt::mismatch(field, self.at, u64::from(found), u64::from(self.crc)));
-        }
-        if self.stored_bytes == self.raw_bytes {
-            return Ok(stored.to_vec());
-        }
-        decompress(stored, self.raw_bytes).ok_or(damaged)
-    }
-}
-
-/// Compresses `raw` unless that makes it longer.
-fn pack_with(compressor: Option<&mut zstd::bulk::Compressor<'_>>, raw: &[u8]) -> Vec<u8> {
-    match compressor.map_or_else(|| Ok(raw.to_vec()), |c| c.compress(raw)) {
-        Ok(packed) if packed.len() < raw.len() => packed,
-        _ => raw.to_vec(),
-    }
-}
 
 /// Makes the stored object of a segment out of its bytes and its index. Chunks are compressed on `threads` threads.
 pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usize) -> Vec<u8> {
