@@ -5,8 +5,8 @@
 //! the seal put right: the decoder behind it must stand on its own.
 
 use waltide_format::archive::{
-    Envelope, ExtentMap, Footer, HEADER_BYTES, Header, Manifest, ObjectKind, SegmentDirectory, StoredSegment,
-    WalFile,
+    Envelope, ExtentMap, Footer, HEADER_BYTES, Header, MERGED_SECTIONS, Manifest, MergedDirectory,
+    MergedObject, MergedSection, ObjectKind, SegmentDirectory, StoredSegment, WalFile,
 };
 use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile, History, parse_tablespace_map};
 use waltide_format::engines::postgres::wal::{
@@ -14,7 +14,7 @@ use waltide_format::engines::postgres::wal::{
     RunningXactsRecord, SegmentSpan, SmgrRecord, TablespaceRecord, XactAssignment, XactRecord, XlogRecord,
     implicit_vm_blocks,
 };
-use waltide_format::{Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName};
+use waltide_format::{Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer};
 
 /// A target: its name, which is its corpus' directory, and what it does.
 pub type Target = (&'static str, fn(&[u8]));
@@ -22,6 +22,7 @@ pub type Target = (&'static str, fn(&[u8]));
 /// Every target.
 pub const TARGETS: &[Target] = &[
     ("stored_segment", stored_segment),
+    ("merged_index", merged_index),
     ("envelope", envelope),
     ("manifest", manifest),
     ("extent_map", extent_map),
@@ -50,6 +51,43 @@ pub fn stored_segment(data: &[u8]) {
         let _ = directory.index(&object, object.len() as u64);
     }
 }
+
+/// A merged index: as it is; and as one section of a directory that is right.
+pub fn merged_index(data: &[u8]) {
+    if let Ok(object) = MergedObject::decode(data) {
+        assert_eq!(
+            MergedObject::decode(&object.encode()),
+            Ok(object),
+            "what was read is written and read again the same"
+        );
+    }
+    let Some((&choice, body)) = data.split_first() else { return };
+    let (_, number, version, section) = MERGED_SECTIONS[usize::from(choice) % MERGED_SECTIONS.len()];
+    let mut directory = Writer::new();
+    directory.u16(1).u32(2).u8(choice >> 7).text("000000010000000000000003").bytes(&[7; 64]);
+    directory.varint(INFO.len() as u64).bytes(INFO);
+    let length = body.len() as u64;
+    directory.varint(1).u16(number).u16(version).varint(length).varint(length).u32(crc32fast::hash(body));
+    let mut object = Header { kind: ObjectKind::MergedIndex }.encode().to_vec();
+    object.extend_from_slice(body);
+    object.extend_from_slice(directory.as_bytes());
+    Footer::append(&mut object, directory.len() as u32);
+    let found = MergedDirectory::decode(&object, object.len() as u64);
+    let found = found.expect("a directory that is right").expect("the object is whole");
+    let _ = match section {
+        MergedSection::Segments => found.read_segments(body).map(drop),
+        MergedSection::Drops => found.read_drops(body).map(drop),
+        MergedSection::Relations => found.read_relations(body).map(drop),
+        MergedSection::Touched => found.read_touched(body).map(drop),
+        _ => found.read_lists(&[(section, body)]).map(drop),
+    };
+    let _ = MergedObject::decode(&object);
+}
+
+/// The `info` of a first segment, as docs/format.md lays it out: PostgreSQL 15, segments of 1 MiB, nothing in it.
+const INFO: &[u8] =
+    b"\x2a\0\0\0\0\0\0\0\x0f\0\x18000000010000000000000010\0\0\x10\0\0\0\0\0\x01\0\0\0\x01\0\0\0\
+\0\0\0\0\0\0\0\0\0\0\x10\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 /// The small objects.
 pub fn envelope(data: &[u8]) {

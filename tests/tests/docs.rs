@@ -24,6 +24,7 @@ fn the_kinds_of_objects_have_the_codes_of_the_page() {
         ("manifest", ObjectKind::Manifest),
         ("pack", ObjectKind::Pack),
         ("extent-map", ObjectKind::ExtentMap),
+        ("merged-index", ObjectKind::MergedIndex),
     ];
     let rows = table(&page(), "| Kind | Code | What lies between header and footer |");
     let told: Vec<_> = rows.iter().map(|r| (r[0].as_str(), r[1].parse::<u16>().unwrap())).collect();
@@ -65,4 +66,14 @@ fn the_sections_have_the_numbers_of_the_page() {
         .map(|r| (r[0].as_str(), r[1].parse::<u16>().unwrap(), r[2].parse::<u16>().unwrap()))
         .collect();
     assert_eq!(told, waltide_format::archive::SECTIONS);
+}
+
+#[test]
+fn the_sections_of_a_merged_index_have_the_numbers_of_the_page() {
+    let rows = table(&page(), "| Merged section | Number | Version | Content |");
+    let told =
+        rows.iter().map(|r| (r[0].as_str(), r[1].parse::<u16>().unwrap(), r[2].parse::<u16>().unwrap()));
+    let known =
+        waltide_format::archive::MERGED_SECTIONS.map(|(name, number, version, _)| (name, number, version));
+    assert_eq!(told.collect::<Vec<_>>(), known);
 }

@@ -34,16 +34,19 @@ pub enum ObjectKind {
     Pack,
     /// An extent map over packs.
     ExtentMap,
+    /// Many segments' indexes merged.
+    MergedIndex,
 }
 
 impl ObjectKind {
-    const ALL: [(Self, u16); 6] = [
+    const ALL: [(Self, u16); 7] = [
         (Self::Segment, 1),
         (Self::WalFile, 2),
         (Self::Json, 3),
         (Self::Manifest, 4),
         (Self::Pack, 5),
         (Self::ExtentMap, 6),
+        (Self::MergedIndex, 7),
     ];
 
     /// The number in the header.

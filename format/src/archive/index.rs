@@ -364,17 +364,17 @@ pub struct AdmittedFault {
 }
 
 /// The sections, by number. A number is never used again for something else.
-mod section {
-    pub(super) const INFO: u16 = 1;
-    pub(super) const XACTS: u16 = 2;
-    pub(super) const RESTORE_POINTS: u16 = 3;
-    pub(super) const CHECKPOINTS: u16 = 4;
-    pub(super) const TIMELINE_ENDS: u16 = 5;
-    pub(super) const RUNNING_XACTS: u16 = 6;
-    pub(super) const FILE_EVENTS: u16 = 7;
-    pub(super) const BLOCKS: u16 = 8;
-    pub(super) const RMGRS: u16 = 9;
-    pub(super) const FAULTS: u16 = 10;
+pub(super) mod section {
+    pub(in crate::archive) const INFO: u16 = 1;
+    pub(in crate::archive) const XACTS: u16 = 2;
+    pub(in crate::archive) const RESTORE_POINTS: u16 = 3;
+    pub(in crate::archive) const CHECKPOINTS: u16 = 4;
+    pub(in crate::archive) const TIMELINE_ENDS: u16 = 5;
+    pub(in crate::archive) const RUNNING_XACTS: u16 = 6;
+    pub(in crate::archive) const FILE_EVENTS: u16 = 7;
+    pub(in crate::archive) const BLOCKS: u16 = 8;
+    pub(in crate::archive) const RMGRS: u16 = 9;
+    pub(in crate::archive) const FAULTS: u16 = 10;
     pub(super) const SOURCE: u16 = 16;
     /// In the order they are written: what a catalogue needs comes last, so that one short read of an
     /// object's end holds it.
@@ -444,7 +444,7 @@ impl SegmentIndex {
         section::WRITTEN.into_iter().map(encode).filter(|(_, bytes)| !bytes.is_empty()).collect()
     }
 
-    fn encode_section(&self, id: u16, w: &mut Writer) {
+    pub(super) fn encode_section(&self, id: u16, w: &mut Writer) {
         let base = self.base();
         match id {
             section::INFO => encode_info(w, &self.info),
@@ -580,14 +580,14 @@ fn get_timeline(r: &mut Reader<'_>, field: &'static str) -> Result<TimelineId, C
     r.parse_u32(field, TimelineId::new)
 }
 
-fn put_option<T>(w: &mut Writer, v: Option<T>, put: impl FnOnce(&mut Writer, T)) {
+pub(super) fn put_option<T>(w: &mut Writer, v: Option<T>, put: impl FnOnce(&mut Writer, T)) {
     w.u8(u8::from(v.is_some()));
     if let Some(v) = v {
         put(w, v);
     }
 }
 
-fn get_option<'a, T>(
+pub(super) fn get_option<'a, T>(
     r: &mut Reader<'a>,
     field: &'static str,
     get: impl FnOnce(&mut Reader<'a>) -> Result<T, Corrupt>,
@@ -595,7 +595,7 @@ fn get_option<'a, T>(
     if get_bool(r, field)? { get(r).map(Some) } else { Ok(None) }
 }
 
-fn get_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, Corrupt> {
+pub(super) fn get_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, Corrupt> {
     let at = r.position();
     match r.u8(field)? {
         0 => Ok(false),
@@ -604,7 +604,7 @@ fn get_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, Corrupt> {
     }
 }
 
-fn encode_info(w: &mut Writer, i: &SegmentInfo) {
+pub(super) fn encode_info(w: &mut Writer, i: &SegmentInfo) {
     w.u64(i.system_id.get()).u16(i.major.get()).text(&i.name.to_string()).u64(i.size.bytes());
     w.u32(i.first_page_timeline.get()).u32(i.last_page_timeline.get()).u32(i.continued_bytes);
     w.u8(u8::from(i.overwrites_contrecord));
@@ -635,7 +635,12 @@ fn encode_info(w: &mut Writer, i: &SegmentInfo) {
 /// Reads the section that every index has.
 pub(crate) fn decode_info(bytes: &[u8]) -> Result<SegmentInfo, Corrupt> {
     let mut r = Reader::new(bytes);
-    let r = &mut r;
+    let info = get_info(&mut r)?;
+    r.finish("info")?;
+    Ok(info)
+}
+
+pub(super) fn get_info(r: &mut Reader<'_>) -> Result<SegmentInfo, Corrupt> {
     let lsn = |r: &mut Reader<'_>| r.u64("lsn").map(Lsn::from);
     let time = |r: &mut Reader<'_>| get_time(r, "time");
     let system_id = r.u64("system_id")?.into();
@@ -687,7 +692,6 @@ pub(crate) fn decode_info(bytes: &[u8]) -> Result<SegmentInfo, Corrupt> {
         commits: r.varint("commits")?,
         image_bytes: r.varint("image_bytes")?,
     };
-    r.clone().finish("info")?;
     if info.name.start(info.size).is_none() {
         return Err(Corrupt::invalid("name", at, info.size.bytes()));
     }
@@ -706,13 +710,13 @@ pub(super) fn get_relation(r: &mut Reader<'_>) -> Result<RelFileLocator, Corrupt
     })
 }
 
-fn get_fork(r: &mut Reader<'_>) -> Result<ForkNumber, Corrupt> {
+pub(super) fn get_fork(r: &mut Reader<'_>) -> Result<ForkNumber, Corrupt> {
     let at = r.position();
     let v = r.u8("fork")?;
     ForkNumber::new(v).ok_or(Corrupt::invalid("fork", at, u64::from(v)))
 }
 
-fn encode_xact(w: &mut Writer, base: Lsn, x: &XactEnd) {
+pub(super) fn encode_xact(w: &mut Writer, base: Lsn, x: &XactEnd) {
     let kind = CommitKind::ALL.iter().position(|k| *k == x.kind).unwrap_or(0);
     w.u8(u8::try_from(kind).unwrap_or(0)).u32(x.xid.get());
     put_lsn(w, base, x.start);
@@ -734,7 +738,7 @@ fn encode_xact(w: &mut Writer, base: Lsn, x: &XactEnd) {
     });
 }
 
-fn decode_xact(r: &mut Reader<'_>, base: Lsn) -> Result<XactEnd, Corrupt> {
+pub(super) fn decode_xact(r: &mut Reader<'_>, base: Lsn) -> Result<XactEnd, Corrupt> {
     let at = r.position();
     let kind = r.u8("kind")?;
     let known = CommitKind::ALL.get(usize::from(kind)).copied();

@@ -1,7 +1,7 @@
 //! The name of every object, both ways.
 
 use crate::ids::{BackupId, Lsn, SystemId, TimelineId};
-use crate::segment::WalFileName;
+use crate::segment::{SegmentName, WalFileName};
 
 /// Names below one cluster of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +61,23 @@ pub enum WalObject {
     },
 }
 
+/// What a merged index covers and who made it, as its name says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MergedName {
+    /// The first segment.
+    pub first: SegmentName,
+    /// How many segments it covers.
+    pub step: u64,
+    /// The last segment.
+    pub last: SegmentName,
+    /// The version of the builder: a newer one says more, or says it better.
+    pub builder: u16,
+    /// Counts from zero on: a damaged object is made once more under the next number.
+    pub generation: u32,
+    /// The first eight bytes of a hash over the WAL that it covers, so that a listing tells whether it still is that.
+    pub key: u64,
+}
+
 impl SystemLayout {
     /// Where the system's objects lie.
     pub fn prefix(&self) -> &str {
@@ -118,6 +135,40 @@ impl SystemLayout {
             }
         };
         (self.wal_object(object) == path).then_some(object)
+    }
+
+    /// Where merged indexes lie.
+    pub fn merged(&self) -> String {
+        format!("{}/index", self.prefix)
+    }
+
+    /// A merged index.
+    pub fn merged_index(&self, name: &MergedName) -> String {
+        let MergedName { first, step, last, builder, generation, key } = name;
+        let timeline = first.timeline().get();
+        format!(
+            "{}/index/{timeline:08X}/{step}/{first}-{last}.{key:016x}.{builder}.{generation}",
+            self.prefix
+        )
+    }
+
+    /// The merged index at `path`, if it is the name of one.
+    pub fn parse_merged(&self, path: &str) -> Option<MergedName> {
+        let rest = path.strip_prefix(&self.prefix)?.strip_prefix("/index/")?;
+        let mut parts = rest.splitn(3, '/');
+        let (_, step, file) = (parts.next()?, parts.next()?, parts.next()?);
+        let mut fields = file.split('.');
+        let (first, last) = fields.next()?.split_once('-')?;
+        let name = MergedName {
+            first: first.parse().ok()?,
+            step: step.parse().ok()?,
+            last: last.parse().ok()?,
+            key: u64::from_str_radix(fields.next()?, 16).ok()?,
+            builder: fields.next()?.parse().ok()?,
+            generation: fields.next()?.parse().ok()?,
+        };
+        let ordered = name.first <= name.last && name.first.timeline() == name.last.timeline();
+        (ordered && self.merged_index(&name) == path).then_some(name)
     }
 
     /// Where the manifests lie.
@@ -215,6 +266,33 @@ mod tests {
             "main/7000000000000000001/wal/00000002/000000010000000000000003",
         ] {
             assert_eq!(layout.parse_wal(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_merged_index_is_found_again_by_its_name() {
+        let layout = Layout::new("main").unwrap().system(7.into());
+        let name = MergedName {
+            first: "000000010000000000000010".parse().unwrap(),
+            step: 16,
+            last: "00000001000000000000001F".parse().unwrap(),
+            builder: 1,
+            generation: 2,
+            key: 0x00ab_cdef_0123_4567,
+        };
+        let path = layout.merged_index(&name);
+        assert_eq!(
+            path,
+            "main/7/index/00000001/16/000000010000000000000010-00000001000000000000001F.00abcdef01234567.1.2"
+        );
+        assert_eq!(layout.parse_merged(&path), Some(name));
+        for cut in 0..path.len() {
+            assert_eq!(layout.parse_merged(&path[..cut]), None, "{cut}");
+        }
+        for (from, to) in
+            [("/16/", "/016/"), ("/16/", "/x16/"), (".1.2", ".1.02"), ("00ab", "00AB"), ("main/7", "main/8")]
+        {
+            assert_eq!(layout.parse_merged(&path.replace(from, to)), None, "{from} as {to}");
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod block_set;
 mod catalog;
+mod chain;
 mod detail;
 mod envelope;
 mod extents;
@@ -10,6 +11,7 @@ mod index;
 mod layers;
 mod layout;
 mod manifest;
+mod merged;
 mod reach;
 mod source;
 mod stored_segment;
@@ -21,6 +23,7 @@ pub use catalog::{
     BackupEntry, Beginning, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step,
     WalRange, continuity_fault,
 };
+pub use chain::{ChainHash, ChainHead, ChainLink, ChainStart, digest_from_hex};
 pub use detail::{
     DETAIL_SECTIONS, ExclusiveLock, RelationWork, SegmentDetail, SubXact, TruncatedOid, Volume, XactWork,
 };
@@ -33,11 +36,15 @@ pub use index::{
     SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
 pub use layers::merge_maps;
-pub use layout::{Layout, SystemLayout, WalObject};
+pub use layout::{Layout, MergedName, SystemLayout, WalObject};
 pub use manifest::{
     BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
     DrillRecord, DrillSetting, DrillVerdict, LedgerRecord, LedgerUnit, Manifest, ManifestDirectory,
     ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+};
+pub use merged::{
+    MERGE_BUILDER, MERGE_STEPS, MERGED_SECTIONS, MergeGroup, MergedDirectory, MergedIndex, MergedObject,
+    MergedSection, MergedSegment, RelationSegments, TouchedFork,
 };
 pub use reach::Reach;
 pub use source::PushSource;
