@@ -19,6 +19,8 @@ use waltide_format::engines::postgres::cluster::History;
 use waltide_format::{BackupId, Corrupt, SegmentName, SystemId, TimelineId, WalFileName};
 use waltide_storage::{Archive, Bytes, CatalogueCache, ObjectInfo, StorageError};
 
+use crate::merged;
+
 /// A segment's catalogue entry lies in this much of its end, but for a segment with very many restore points.
 const TAIL_BYTES: u64 = 16 << 10;
 /// No JSON object but a manifest, and no history file, comes near this.
@@ -72,18 +74,35 @@ impl CatalogError {
     }
 }
 
+/// What may be believed without looking at the segment that it speaks of.
+#[derive(Debug, Clone, Copy)]
+pub enum Known<'a> {
+    /// Nothing: what is true now is asked for.
+    Nothing,
+    /// Merged indexes that are younger than the segment.
+    Merged,
+    /// These, and what the cache kept of an object of this version.
+    Cached(&'a CatalogueCache),
+}
+
+impl<'a> From<Option<&'a CatalogueCache>> for Known<'a> {
+    fn from(cache: Option<&'a CatalogueCache>) -> Self {
+        cache.map_or(Self::Merged, Self::Cached)
+    }
+}
+
 /// Reads the catalogue of `system`, or of the cluster's newest system. Every object below `wal/` and `backups/` is
 /// listed, and what the cache does not know is read, `threads` objects at a time. An object that cannot be read
 /// is in [`Catalog::damaged`]; one that vanishes meanwhile was pruned, and is left out.
-pub async fn load(
+pub async fn load<'a>(
     archive: &Archive,
     layout: &Layout,
     system: Option<SystemId>,
-    cache: Option<&CatalogueCache>,
+    known: impl Into<Known<'a>>,
     threads: usize,
 ) -> Result<Catalog, CatalogError> {
     let system = find_system(archive, layout, system).await?;
-    load_system(archive, layout, system, cache, threads).await
+    load_system(archive, layout, system, known.into(), threads).await
 }
 
 /// How long after a segment was stored the one before it may still be on its way: several are shipped at once.
@@ -93,21 +112,22 @@ const LOOKS: u32 = 5;
 
 /// [`load`], but a segment that is missing before one that came just now is waited for a little: it may be in flight,
 /// and that is no hole.
-pub async fn load_settled(
+pub async fn load_settled<'a>(
     archive: &Archive,
     layout: &Layout,
     system: Option<SystemId>,
-    cache: Option<&CatalogueCache>,
+    known: impl Into<Known<'a>>,
     threads: usize,
 ) -> Result<Catalog, CatalogError> {
+    let known = known.into();
     for _ in 0..LOOKS {
-        let catalog = load(archive, layout, system, cache, threads).await?;
+        let catalog = load(archive, layout, system, known, threads).await?;
         if !may_be_in_flight(archive, &catalog).await? {
             return Ok(catalog);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    load(archive, layout, system, cache, threads).await
+    load(archive, layout, system, known, threads).await
 }
 
 /// Whether any segment that is missing by name comes before one that was stored just now.
@@ -131,15 +151,29 @@ pub(crate) async fn load_system(
     archive: &Archive,
     layout: &Layout,
     system: SystemInfo,
-    cache: Option<&CatalogueCache>,
+    known: Known<'_>,
     threads: usize,
 ) -> Result<Catalog, CatalogError> {
+    let cache = match known {
+        Known::Cached(cache) => Some(cache),
+        Known::Nothing | Known::Merged => None,
+    };
     let names = layout.system(system.system_id);
     let (wal_dir, backups_dir) = (names.wal(), names.backups());
     let (wal, backups) = futures_util::try_join!(archive.list(&wal_dir), archive.list(&backups_dir))?;
     let reader = Reading::new(archive, cache, threads);
     let segments = wal.iter().filter(|o| is_segment(&names, &o.path));
-    let segments = reader.all(segments.collect(), |object| read_segment(archive, object)).await?;
+    let segments: Vec<&ObjectInfo> = segments.collect();
+    let mut slots = reader.kept(&segments);
+    if !matches!(known, Known::Nothing) {
+        let missing = segments.iter().zip(&slots).filter(|(_, slot)| slot.is_none());
+        let missing = missing.map(|(object, _)| *object).collect();
+        let mut told = merged::tell(archive, &names, missing).await?;
+        for (slot, object) in slots.iter_mut().zip(&segments).filter(|(slot, _)| slot.is_none()) {
+            *slot = told.remove(&object.path).map(Slot::Told);
+        }
+    }
+    let segments = reader.others(segments, slots, |object| read_segment(archive, object)).await?;
     let histories = wal.iter().filter_map(|o| match names.parse_wal(&o.path) {
         Some(WalObject::File(WalFileName::History(timeline))) => Some((o, timeline)),
         _ => None,
@@ -255,6 +289,19 @@ pub(crate) type Found<T> = Result<T, String>;
 /// The same for an object that may be gone.
 pub(crate) type Read<T> = Result<Option<Found<T>>, StorageError>;
 
+/// What is known of an object before it is read.
+enum Slot<T> {
+    /// The cache kept it.
+    Kept(T),
+    /// Another object tells it.
+    Told(T),
+}
+
+/// Under which version the cache keeps what an object says.
+fn version(object: &ObjectInfo) -> String {
+    format!("{CACHE_FORM} {} {}", object.size, object.version)
+}
+
 /// Reads many objects, through the cache.
 pub(crate) struct Reading<'a> {
     archive: &'a Archive,
@@ -278,17 +325,40 @@ impl<'a> Reading<'a> {
         T: Serialize + DeserializeOwned,
         F: Future<Output = Read<T>>,
     {
-        let versions: Vec<String> =
-            objects.iter().map(|o| format!("{CACHE_FORM} {} {}", o.size, o.version)).collect();
+        let kept = self.kept(&objects);
+        self.others(objects, kept, read).await
+    }
+
+    /// What the cache kept of each object.
+    fn kept<T: DeserializeOwned>(&self, objects: &[&ObjectInfo]) -> Vec<Option<Slot<T>>> {
+        let versions: Vec<String> = objects.iter().map(|o| version(o)).collect();
         let keys = objects.iter().zip(&versions).map(|(o, v)| (o.path.as_str(), v.as_str()));
-        let known = match self.cache {
-            Some(cache) => cache.get_many(keys),
-            None => vec![None; objects.len()],
-        };
-        let known: Vec<Option<T>> =
-            known.into_iter().map(|bytes| serde_json::from_slice(&bytes?).ok()).collect();
-        let mut found: Vec<Option<(bool, Found<T>)>> =
-            known.into_iter().map(|value| value.map(|value| (false, Ok(value)))).collect();
+        let Some(cache) = self.cache else { return objects.iter().map(|_| None).collect() };
+        let known = cache.get_many(keys).into_iter();
+        known.map(|bytes| Some(Slot::Kept(serde_json::from_slice(&bytes?).ok()?))).collect()
+    }
+
+    /// Reads the objects of which nothing is known, and lets the cache keep what is new.
+    async fn others<'o, T, F>(
+        &self,
+        objects: Vec<&'o ObjectInfo>,
+        known: Vec<Option<Slot<T>>>,
+        read: impl Fn(&'o ObjectInfo) -> F,
+    ) -> Result<Vec<(&'o ObjectInfo, Found<T>)>, StorageError>
+    where
+        T: Serialize + DeserializeOwned,
+        F: Future<Output = Read<T>>,
+    {
+        let versions: Vec<String> = objects.iter().map(|o| version(o)).collect();
+        let mut found: Vec<Option<(bool, Found<T>)>> = known
+            .into_iter()
+            .map(|slot| {
+                Some(match slot? {
+                    Slot::Kept(value) => (false, Ok(value)),
+                    Slot::Told(value) => (true, Ok(value)),
+                })
+            })
+            .collect();
         let missing: Vec<_> = (0usize..)
             .zip(objects.iter().copied())
             .filter(|(i, _)| matches!(found.get(*i), Some(None)))
@@ -357,21 +427,9 @@ fn is_segment(names: &SystemLayout, path: &str) -> bool {
 
 /// What a segment's end says about it.
 pub(crate) async fn read_segment(archive: &Archive, object: &ObjectInfo) -> Read<SegmentEntry> {
-    let mut tail_bytes = TAIL_BYTES;
     // The footer says how long the directory is, the directory how long the sections are.
-    for _ in 0..3 {
-        let (tail, size) = match sort_out(archive.get_tail(&object.path, tail_bytes).await)? {
-            Some(Ok(found)) => found,
-            Some(Err(error)) => return Ok(Some(Err(error))),
-            None => return Ok(None),
-        };
-        match summary(&object.path, &tail, size) {
-            Ok(Ok(entry)) => return Ok(Some(Ok(entry))),
-            Ok(Err(needed)) => tail_bytes = needed.min(MANIFEST_BYTES_MAX),
-            Err(e) => return Ok(Some(Err(e.to_string()))),
-        }
-    }
-    Ok(Some(Err("its index lies outside of it".to_owned())))
+    let read = archive.read_end(&object.path, TAIL_BYTES, |tail, size| summary(&object.path, tail, size));
+    Ok(sort_out(read.await)?.map(|found| found.and_then(|entry| entry.map_err(|e| e.to_string()))))
 }
 
 fn summary(path: &str, tail: &[u8], size: u64) -> Result<Result<SegmentEntry, u64>, Corrupt> {

@@ -75,7 +75,7 @@ pub async fn survey(
         packs: packs.iter().map(|o| (name(&o.path), o.into())).collect(),
         marks: marks.into_iter().map(|(o, mark)| (o.into(), mark)).collect(),
     };
-    Ok((load_system(archive, layout, system, cache, threads).await?, inventory))
+    Ok((load_system(archive, layout, system, cache.into(), threads).await?, inventory))
 }
 
 /// The packs an extent map names.

@@ -11,6 +11,7 @@ pub mod engines;
 pub mod host;
 pub mod init;
 pub mod inventory;
+pub mod merged;
 pub mod prune;
 mod put;
 pub mod retention;

@@ -9,8 +9,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
 use waltide_format::archive::{
     BackupEntry, BackupKind, Catalog, Envelope, Extent, ExtentMap, FOOTER_BYTES, Footer, GapKind, Layout,
-    LedgerRecord, LedgerUnit, Lineage, Manifest, ObjectKind, PackBuilder, SegmentEntry, StoredSegment,
-    SystemLayout, WalFile, WalObject,
+    LedgerRecord, LedgerUnit, Lineage, Manifest, MergedName, ObjectKind, PackBuilder, SegmentEntry,
+    StoredSegment, SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
 use waltide_format::engines::postgres::scan::{Agreement, agreement};
@@ -18,6 +18,7 @@ use waltide_format::engines::postgres::wal::PreviousTail;
 use waltide_format::{BackupId, Corrupt, SegmentName, TimelineId, TimestampTz, WalFileName};
 use waltide_storage::{Archive, Bytes, ObjectInfo, Progress, StorageError};
 
+use crate::engines::postgres::merged::{CheckedIndex, IndexCheck};
 use crate::engines::postgres::verify::{Around, Checked, check_segment, history_of, tail_of};
 
 /// No object is larger: a segment of 1 GiB that does not compress, with its index.
@@ -114,6 +115,7 @@ pub struct Verify<'a> {
 enum Unit<'a> {
     Backup(&'a BackupEntry),
     Span(TimelineId, Vec<SegmentName>),
+    Index,
     Rest,
 }
 
@@ -124,6 +126,7 @@ impl Unit<'_> {
             Self::Span(_, names) => {
                 format!("wal/{}", names.first().map(ToString::to_string).unwrap_or_default())
             }
+            Self::Index => "index".to_owned(),
             Self::Rest => "rest".to_owned(),
         }
     }
@@ -147,6 +150,7 @@ struct Run<'a> {
     packs: BTreeMap<String, u64>,
     maps: BTreeMap<String, u64>,
     histories: BTreeMap<TimelineId, History>,
+    merged: Vec<(MergedName, ObjectInfo)>,
     /// Maps and packs that were looked at.
     seen: Mutex<HashSet<String>>,
     tally: Tally,
@@ -162,7 +166,9 @@ impl Verify<'_> {
             let name = |o: &ObjectInfo| o.path.rsplit('/').next().unwrap_or_default().to_owned();
             objects.iter().map(|o| (name(o), o.size)).collect::<BTreeMap<_, _>>()
         };
+        let merged = self.archive.list(&names.merged()).await?;
         let run = Run {
+            merged: merged.into_iter().filter_map(|o| Some((names.parse_merged(&o.path)?, o))).collect(),
             packs: named(self.archive.list(&names.packs()).await?),
             maps: named(self.archive.list(&names.maps()).await?),
             histories: self
@@ -309,6 +315,9 @@ impl<'a> Run<'a> {
             return std::iter::once(Unit::Backup(backup)).chain(spans).collect();
         }
         let mut units = vec![Unit::Rest];
+        if !self.merged.is_empty() {
+            units.push(Unit::Index);
+        }
         units.extend(catalog.backups.iter().rev().map(Unit::Backup));
         let size = catalog.system.segment_size;
         let mut spans: BTreeMap<(TimelineId, u64), Vec<SegmentName>> = BTreeMap::new();
@@ -364,13 +373,14 @@ impl<'a> Run<'a> {
                 let own = self.packs.iter().filter(|(name, _)| name.starts_with(id));
                 sum(&mut own.map(|(_, bytes)| *bytes))
             }
-            Unit::Rest => 0,
+            Unit::Index | Unit::Rest => 0,
         };
         sum(&mut units.iter().map(of))
     }
 
     async fn unit(&self, unit: &Unit<'a>) -> Result<(), StorageError> {
         match unit {
+            Unit::Index => self.index().await,
             Unit::Rest => self.rest().await,
             Unit::Backup(backup) => self.backup(backup).await,
             // The catalogue was read just now, every directory of every segment with it.
@@ -441,6 +451,31 @@ impl<'a> Run<'a> {
             }
         }
         self.unreferenced().await
+    }
+
+    /// Merged indexes, each against the segments that it was made from.
+    async fn index(&self) -> Result<(), StorageError> {
+        let (archive, catalog, quick) = (self.what.archive, self.what.catalog, self.what.quick);
+        let check = IndexCheck { archive, names: &self.names, catalog, quick };
+        let (check, listed) = (&check, &self.merged);
+        let jobs = listed.iter().map(|(name, object)| async move {
+            let checked = check.check(name, object).await?;
+            Ok::<_, StorageError>((name, checked))
+        });
+        let jobs: Vec<_> = jobs.collect();
+        let mut checked = stream::iter(jobs).buffer_unordered(self.what.threads.clamp(1, 64));
+        while let Some((name, CheckedIndex { faults, bytes })) = checked.try_next().await? {
+            self.read(bytes);
+            // One that was made once more harms nobody.
+            let made_again = listed.iter().any(|(other, _)| {
+                other.is_same_range(name) && other.key == name.key && other.generation > name.generation
+            });
+            let path = self.names.merged_index(name);
+            for fault in faults.into_iter().filter(|f| !made_again || f.object != path) {
+                self.fault(&fault.object, FaultKind::Damaged, fault.byte, fault.text);
+            }
+        }
+        Ok(())
     }
 
     /// Maps and packs that no backup refers to still must be what they were.

@@ -196,6 +196,28 @@ impl Archive {
         Ok((tail, info.size))
     }
 
+    /// Reads an object from its end on. `decode` gets the last bytes and the object's size, at first so many as `bytes`
+    /// says, and answers with how many it needs where those are too few.
+    pub async fn read_end<T, E>(
+        &self,
+        path: &str,
+        mut bytes: u64,
+        mut decode: impl FnMut(&[u8], u64) -> Result<Result<T, u64>, E>,
+    ) -> Result<Result<T, E>, StorageError> {
+        loop {
+            let (tail, size) = self.get_tail(path, bytes).await?;
+            match decode(&tail, size) {
+                Ok(Ok(found)) => return Ok(Ok(found)),
+                Ok(Err(needed)) if needed <= tail.len() as u64 || needed > size => {
+                    let start = size.saturating_sub(needed);
+                    return Err(StorageError::OutOfRange { path: path.to_owned(), start, end: size, size });
+                }
+                Ok(Err(needed)) => bytes = needed,
+                Err(e) => return Ok(Err(e)),
+            }
+        }
+    }
+
     /// What is known of an object without reading it; none if it is not there.
     pub async fn head(&self, path: &str) -> Result<Option<ObjectInfo>, StorageError> {
         match self.get_opts(path, GetOptions { head: true, ..GetOptions::default() }).await {

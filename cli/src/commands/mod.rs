@@ -6,6 +6,7 @@ mod doctor;
 mod drill;
 mod fetch;
 mod import;
+mod index;
 mod info;
 mod init;
 mod keep;
@@ -34,6 +35,7 @@ pub(crate) enum Command {
     Fetch(fetch::Args),
     Backup(backup::Args),
     Import(import::Args),
+    Index(index::Args),
     List(list::Args),
     Info(info::Args),
     Log(log::Args),
@@ -56,6 +58,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Backup(args) => backup::run(args, context).await,
         Command::Import(args) => import::run(args, context).await,
+        Command::Index(args) => index::run(&args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,
         Command::Info(args) => info::run(&args, context).await,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use waltide_archiver::catalog;
+use waltide_archiver::catalog::{self, Known};
 use waltide_format::TimestampTz;
 use waltide_replay::{FaultKind, Verification, Verify};
 
@@ -30,7 +30,8 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let (archive, layout) = (context.archive().await?, context.layout()?);
     // What the cache says was true once; this is about what is true now.
-    let loaded = catalog::load_settled(&archive, &layout, context.system, None, context.threads).await;
+    let loaded =
+        catalog::load_settled(&archive, &layout, context.system, Known::Nothing, context.threads).await;
     let catalog = loaded.map_err(catalog_failure)?;
     let backup = args.backup.as_deref().map(|text| find_backup(&catalog, text)).transpose()?;
     let progress = context.progress();

@@ -30,7 +30,7 @@ impl PushSource {
         (&self.host, &self.directory) == (&other.host, &other.directory)
     }
 
-    pub(super) fn encode(&self, w: &mut Writer) {
+    pub(in crate::archive) fn encode(&self, w: &mut Writer) {
         w.text(&self.host).text(&self.directory).i64(self.pushed.postgres_micros());
         w.u32(self.timeline.map_or(0, TimelineId::get));
         w.u8(match self.recovering {
@@ -41,7 +41,7 @@ impl PushSource {
     }
 
     /// Reads what [`PushSource::encode`] wrote; what a later writer put behind it is left alone.
-    pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, Corrupt> {
+    pub(in crate::archive) fn decode(r: &mut Reader<'_>) -> Result<Self, Corrupt> {
         let (host, directory) = (r.text("host")?.to_owned(), r.text("directory")?.to_owned());
         let pushed = TimestampTz::from_postgres_micros(r.i64("pushed")?);
         let timeline = TimelineId::new(r.u32("timeline")?);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use object_store::memory::InMemory;
+use waltide_archiver::catalog::{Known, load};
 use waltide_format::archive::{
     BackupKind, BackupMethod, Catalog, ClusterInfo, Envelope, Extent, ExtentMap, Keep, Layout, Manifest,
     ManifestFile, ManifestStats, ObjectKind, PackBuilder, StartedBackup, SystemInfo, SystemLayout, WalFile,
@@ -76,7 +77,7 @@ fn segment(first_page_timeline: u32, number: u64, prev: u64, xid: u32) -> (Vec<u
 }
 
 /// Where the second record of a segment begins.
-const SECOND: u64 = 40 + 40;
+pub(crate) const SECOND: u64 = 40 + 40;
 
 impl Sample {
     /// Five segments on timeline 1, a sixth on timeline 2 which leaves it in the last, two backups, and one that was
@@ -126,7 +127,8 @@ impl Sample {
         sample
     }
 
-    async fn bare(archive: Archive) -> Self {
+    /// An archive of nothing yet.
+    pub(crate) async fn bare(archive: Archive) -> Self {
         let sample = Self { archive, layout: Layout::new("main").unwrap() };
         let json = |value: serde_json::Value| Envelope::seal_json(ObjectKind::Json, &value);
         let waltide = WaltideInfo { format_version: 1, archive_id: "a1".into(), created: hour(0) };
@@ -163,7 +165,8 @@ impl Sample {
         self.put(&self.names().wal_file(name), WalFile { name, contents, pushed_by: None }.encode()).await;
     }
 
-    async fn put_segment(
+    /// Puts a segment whose records follow those of `previous`; gives the same for the next.
+    pub(crate) async fn put_segment(
         &self,
         timeline: u32,
         first_page_timeline: u32,
@@ -277,7 +280,7 @@ impl Sample {
     }
 
     pub(crate) async fn catalog(&self) -> Catalog {
-        waltide_archiver::catalog::load(&self.archive, &self.layout, None, None, 2).await.unwrap()
+        load(&self.archive, &self.layout, None, Known::Nothing, 2).await.unwrap()
     }
 
     /// Every object with its bytes, the ledger left out.

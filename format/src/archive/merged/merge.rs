@@ -6,6 +6,7 @@ use crate::archive::catalog::SegmentEntry;
 use crate::archive::chain::ChainLink;
 use crate::archive::index::{ForkBlocks, IndexedBlock, RmgrCount, SegmentIndex, SegmentInfo, XactEnd};
 use crate::archive::layout::WalObject;
+use crate::archive::source::PushSource;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, RelFileLocator, Xid};
 use crate::segment::WalFileName;
 
@@ -38,6 +39,8 @@ pub struct MergedSegment {
     pub stored_bytes: u64,
     /// SHA-256 over its WAL.
     pub digest: [u8; 32],
+    /// Who pushed it, where its index says so.
+    pub pushed_by: Option<PushSource>,
     /// The least and the greatest number of the transactions that end here, subtransactions included.
     pub xids: Option<(u32, u32)>,
 }
@@ -91,7 +94,7 @@ pub struct TouchedFork {
 impl MergedIndex {
     /// A segment's index as a merged one of a single segment.
     pub fn of_segment(
-        index: SegmentIndex,
+        mut index: SegmentIndex,
         stored_bytes: u64,
         digest: [u8; 32],
         is_longer_copy: bool,
@@ -110,6 +113,7 @@ impl MergedIndex {
                 is_longer_copy,
                 stored_bytes,
                 digest,
+                pushed_by: index.pushed_by.take(),
                 xids,
             }],
             drops: index.xacts.iter().filter(|x| x.kind.is_end() && !x.dropped.is_empty()).cloned().collect(),

@@ -10,6 +10,7 @@ use crate::archive::index::{
     SECTION_VERSION, SegmentIndex, SegmentInfo, XactEnd, decode_info, decode_xact, encode_info, encode_xact,
     get_bool, get_fork, get_info, get_option, get_relation, items, list, put_option, put_relation, section,
 };
+use crate::archive::source::PushSource;
 use crate::archive::stretch::{SECTION_BYTES_MAX, Stretch, pack_with};
 use crate::error::Corrupt;
 use crate::ids::Lsn;
@@ -305,6 +306,7 @@ impl MergedDirectory {
                 digest: r.array("digest")?,
                 stored_bytes: r.varint("stored_bytes")?,
                 is_longer_copy: get_bool(r, "is_longer_copy")?,
+                pushed_by: get_option(r, "pushed_by", PushSource::decode)?,
                 xids: get_option(r, "xids", |r| Ok((r.u32("least")?, r.u32("greatest")?)))?,
                 info: get_info(r)?,
             })
@@ -377,6 +379,7 @@ fn encode_section(index: &MergedIndex, section: MergedSection, w: &mut Writer) {
     match section {
         MergedSection::Segments => list(w, &index.segments, |w, s| {
             w.bytes(&s.digest).varint(s.stored_bytes).u8(u8::from(s.is_longer_copy));
+            put_option(w, s.pushed_by.as_ref(), |w, source| source.encode(w));
             put_option(w, s.xids, |w, (least, greatest)| {
                 w.u32(least).u32(greatest);
             });

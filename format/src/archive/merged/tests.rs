@@ -184,7 +184,9 @@ proptest! {
     fn any_list_of_a_segments_index_comes_back(mut index in samples::index()) {
         // Segments with faults are not merged.
         index.faults.clear();
+        let pushed_by = index.pushed_by.clone();
         let object = sealed(MergedIndex::of_segment(index, 7, [3; 32], false));
+        prop_assert_eq!(&object.index.segments[0].pushed_by, &pushed_by);
         prop_assert_eq!(MergedObject::decode(&object.encode()).unwrap(), object);
     }
 

@@ -8,7 +8,7 @@ use waltide_format::engines::postgres::wal::{
     Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XlogRecord,
 };
 use waltide_format::{Corrupt, Lsn};
-use waltide_storage::{Archive, Bytes, StorageError};
+use waltide_storage::{Archive, StorageError};
 
 use super::fetch::SEGMENT_OBJECT_BYTES_MAX;
 use crate::resolve::{Events, Source};
@@ -68,31 +68,19 @@ impl ArchivedIndexes {
     }
 
     /// A segment's index.
-    pub(super) async fn index(&self, entry: &SegmentEntry) -> Result<SegmentIndex, SearchError> {
+    pub(crate) async fn index(&self, entry: &SegmentEntry) -> Result<SegmentIndex, SearchError> {
         let path = &entry.path;
-        let damaged = |source| SearchError::Damaged { path: path.clone(), source };
-        let (mut tail, size) = self.tail(path, TAIL_BYTES).await?;
-        let directory = match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
-            Ok(directory) => directory,
-            Err(needed) => {
-                tail = self.tail(path, needed).await?.0;
-                let again = SegmentDirectory::decode(&tail, size).map_err(damaged)?;
-                again.map_err(|needed| damaged(Corrupt::too_large("directory", 0, needed, size)))?
+        let read = self.archive.read_end(path, TAIL_BYTES, |tail, size| {
+            let directory = match SegmentDirectory::decode(tail, size)? {
+                Ok(directory) => directory,
+                Err(needed) => return Ok(Err(needed)),
+            };
+            match directory.tail_bytes(size) {
+                needed if needed > tail.len() as u64 => Ok(Err(needed)),
+                _ => directory.index(tail, size).map(Ok),
             }
-        };
-        let needed = directory.tail_bytes(size);
-        if needed > tail.len() as u64 {
-            tail = self.tail(path, needed).await?.0;
-        }
-        directory.index(&tail, size).map_err(damaged)
-    }
-
-    async fn tail(&self, path: &str, bytes: u64) -> Result<(Bytes, u64), SearchError> {
-        if bytes > SEGMENT_OBJECT_BYTES_MAX {
-            let source = Corrupt::too_large("directory", 0, bytes, SEGMENT_OBJECT_BYTES_MAX);
-            return Err(SearchError::Damaged { path: path.to_owned(), source });
-        }
-        Ok(self.archive.get_tail(path, bytes).await?)
+        });
+        read.await?.map_err(|source| SearchError::Damaged { path: path.clone(), source })
     }
 
     /// A whole segment's bytes.

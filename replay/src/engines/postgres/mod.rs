@@ -5,6 +5,7 @@ mod drill;
 mod fetch;
 mod indexes;
 mod install;
+pub(crate) mod merged;
 mod pages;
 mod queue;
 mod restore;
