@@ -32,6 +32,15 @@ pub use place::{Deletion, Owner, PlaceError, Placed};
 const OBJECT_BYTES_MAX: u64 = 1 << 30;
 /// Read, and written, when all else is there.
 const CONTROL_FILE: &str = "global/pg_control";
+/// What a backup may bring along, a standby's its signal, and a restored cluster must not start with.
+const STALE: [&str; 6] = [
+    "recovery.signal",
+    "standby.signal",
+    "tablespace_map",
+    "postmaster.pid",
+    "postmaster.opts",
+    "recovery.conf",
+];
 /// Says in a data directory that a restore into it has not come to its end.
 pub(super) const MARKER: &str = "waltide.restoring";
 
@@ -447,14 +456,7 @@ impl Restore {
         let text = conf::auto_conf(&old, self.options.standby, &self.actions.settings);
         place.put("postgresql.auto.conf", text.as_bytes(), 0o600)?;
         place.put("backup_label", self.manifest.backup_label.as_bytes(), 0o600)?;
-        for stale in [
-            "recovery.signal",
-            "standby.signal",
-            "tablespace_map",
-            "postmaster.pid",
-            "postmaster.opts",
-            "recovery.conf",
-        ] {
+        for stale in STALE {
             place.remove(stale)?;
         }
         place.put(self.actions.signal, b"", 0o600)

@@ -15,7 +15,7 @@ use waltide_storage::Progress;
 
 use super::pieces::{Job, Piece, zeros};
 use super::place::{Owner, Placed};
-use super::{Actions, CONTROL_FILE, MARKER, RestoreError, io_error, marker_text};
+use super::{Actions, CONTROL_FILE, MARKER, RestoreError, STALE, io_error, marker_text};
 
 /// How much of a file is compared or zeroed at once.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -218,7 +218,9 @@ impl Place {
 
     /// Syncs every file and directory of the backup. Many at once, because file systems do them together.
     fn sync_all(&self, manifest: &Manifest) -> Result<(), RestoreError> {
-        let files = manifest.files.iter().filter(|f| f.path != CONTROL_FILE).map(|f| self.path(&f.path));
+        let files = manifest.files.iter().map(|f| f.path.as_str());
+        let files =
+            files.filter(|path| *path != CONTROL_FILE && !STALE.contains(path)).map(|path| self.path(path));
         let directories = manifest.directories.iter().map(|d| self.path(&d.path));
         let tops = ["", "global", "pg_tblspc", "pg_wal", "pg_wal/archive_status"].map(|d| self.path(d));
         let paths: Vec<_> = files.chain(directories).chain(tops).chain(self.0.tablespaces.clone()).collect();
