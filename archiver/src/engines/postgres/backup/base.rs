@@ -42,10 +42,6 @@ impl Search<'_> {
         Ok(load_settled(archive, layout, system, cache.as_ref(), self.request.threads).await?)
     }
 
-    fn here(control: &ControlFile) -> Here {
-        Here { timeline: control.checkpoint_copy.timeline, data_checksums: control.has_data_checksums() }
-    }
-
     /// The parent, as far as it can be known before the backup starts.
     pub(super) async fn parent(
         &self,
@@ -54,7 +50,10 @@ impl Search<'_> {
         now: TimestampTz,
     ) -> Result<Found<BackupEntry>, BackupError> {
         let pruned = self.being_pruned(control, now).await?;
-        Ok(choose(&self.catalog(control).await?, kind, Self::here(control), &pruned))
+        // A server that was promoted just now may not have written its timeline into pg_control yet.
+        let timeline = self.server.timeline().await?.unwrap_or(control.checkpoint_copy.timeline);
+        let here = Here { timeline, data_checksums: control.has_data_checksums() };
+        Ok(choose(&self.catalog(control).await?, kind, here, &pruned))
     }
 
     async fn being_pruned(
@@ -161,7 +160,12 @@ impl Search<'_> {
             let timelines = [line.timeline];
             let range = (from, until);
             let patience = self.request.archive_timeout;
-            self.to.await_wal(&timelines, range, patience, self.progress, self.server).await?;
+            match self.to.await_wal(&timelines, range, patience, self.progress, self.server).await {
+                Err(PublishError::WalUnusable { path, why }) => {
+                    return Ok(Err(format!("the WAL since then is not whole: {path}, {why}")));
+                }
+                awaited => awaited?,
+            }
         }
     }
 

@@ -20,7 +20,7 @@ const WAL_LEVEL_MINIMAL: i32 = 0;
 
 /// Why it is not known what changed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ChangesError {
+pub enum ChangesError {
     /// The archive failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -44,7 +44,7 @@ impl ChangesError {
 }
 
 /// What the records from `from` to the end of `steps`, which join without a hole, change.
-pub(super) async fn changed_blocks(
+pub async fn changed_blocks(
     archive: &Archive,
     steps: &[Step<'_>],
     from: Lsn,

@@ -21,6 +21,7 @@ use waltide_format::{BLOCK_BYTES, BackupId, Lsn, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
 use self::base::{Base, Search};
+pub use self::changes::{ChangesError, changed_blocks};
 use self::config::config_files;
 use self::layers::{Layered, lay};
 use self::parent::NO_BACKUP;

@@ -135,7 +135,9 @@ pub(super) fn cover<'a>(catalog: &'a Catalog, line: &Lineage, from: Lsn, until: 
             let count = next.bytes_since(size.floor(end)).div_ceil(size.bytes());
             let more =
                 if count > 1 { format!(" and {} after it", count.saturating_sub(1)) } else { String::new() };
-            Cover::Broken(format!("the WAL since then is not whole: {first}{more} is missing"))
+            let unread = catalog.damaged.iter().any(|d| d.path.contains(&first.to_string()));
+            let what = if unread { "cannot be read" } else { "is missing" };
+            Cover::Broken(format!("the WAL since then is not whole: {first}{more} {what}"))
         }
         None => Cover::NotYet(end),
     }

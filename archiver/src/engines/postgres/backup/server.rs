@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use waltide_format::engines::postgres::cluster::ControlFile;
-use waltide_format::{Lsn, PgMajor, SystemId};
+use waltide_format::{Lsn, PgMajor, SegmentName, SystemId, TimelineId};
 
 use super::super::connect::{ConnectRequest, connect};
 use super::super::postmaster::Postmaster;
@@ -118,6 +118,19 @@ impl Server {
         };
         let text: String = self.client.query_one(query, &[&label, &fast]).await?.try_get(0)?;
         parse_lsn(&text)
+    }
+
+    /// The timeline that is being written; none on a standby, which writes none.
+    pub(super) async fn timeline(&self) -> Result<Option<TimelineId>, BackupError> {
+        if self.is_standby {
+            return Ok(None);
+        }
+        let query = "SELECT pg_walfile_name(pg_current_wal_insert_lsn())";
+        let name: String = self.client.query_one(query, &[]).await?.try_get(0)?;
+        match name.parse::<SegmentName>() {
+            Ok(name) => Ok(Some(name.timeline())),
+            Err(_) => Err(BackupError::Answer { what: "a segment's name", found: name }),
+        }
     }
 
     /// Ends the segment that is being written. False where this role may not.
