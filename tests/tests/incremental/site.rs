@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use serde_json::Value;
+use waltide_format::archive::Manifest;
 use waltide_tests::stored::Stored;
-use waltide_tests::{Cluster, ClusterBuilder, Scratch, Waltide, pages};
+use waltide_tests::{Cluster, ClusterBuilder, Output, Scratch, StopMode, Waltide, pages};
 
 /// An archive, and the binary that writes to it.
 pub(crate) struct Site {
@@ -54,8 +55,26 @@ impl Site {
         self.backup(cluster, &["--type", "full"])
     }
 
+    /// A full backup though an incremental was asked for, and what it says of that.
+    #[track_caller]
+    pub(crate) fn falls_back(&self, cluster: &Cluster) -> String {
+        let out: Output =
+            self.waltide.runner(self.args(cluster, &["--type", "incremental", "--json"])).run().assert_ok();
+        let done: Value = serde_json::from_str(&out.stdout).unwrap();
+        assert_eq!((done["kind"].as_str(), done["parent"].as_str()), (Some("full"), None), "{done}");
+        let why = done["full_because"].as_str().unwrap().to_owned();
+        assert!(out.stderr.contains(&format!("a full backup is made: {why}")), "{out:?}");
+        assert_eq!(self.manifest(cluster, &done).full_because.as_deref(), Some(why.as_str()));
+        why
+    }
+
     pub(crate) fn stored(&self, cluster: &Cluster) -> Stored {
         Stored::of(cluster, &self.archive)
+    }
+
+    #[track_caller]
+    pub(crate) fn manifest(&self, cluster: &Cluster, backup: &Value) -> Manifest {
+        self.stored(cluster).manifest(&id(backup).parse().unwrap())
     }
 
     /// A backup restored, recovered by PostgreSQL up to `lsn`, and shut down there with every page on disk.
@@ -108,4 +127,13 @@ pub(crate) fn id(backup: &Value) -> &str {
 
 pub(crate) fn number(backup: &Value, field: &str) -> u64 {
     backup[field].as_u64().unwrap_or_else(|| panic!("no {field} in {backup}"))
+}
+
+/// Stops it, changes how it starts, starts it again.
+pub(crate) fn restart_with(cluster: &mut Cluster, settings: &[(&str, &str)]) {
+    cluster.stop(StopMode::Fast);
+    for (key, value) in settings {
+        cluster.set(key, value);
+    }
+    cluster.start();
 }
