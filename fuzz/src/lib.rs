@@ -6,13 +6,14 @@
 
 use waltide_format::archive::{
     Envelope, ExtentMap, Footer, HEADER_BYTES, Header, MERGED_SECTIONS, Manifest, MergedDirectory,
-    MergedObject, MergedSection, ObjectKind, SegmentDirectory, StoredSegment, WalFile,
+    MergedObject, MergedSection, ObjectKind, SegmentDetail, SegmentDirectory, StoredSegment, WalFile,
 };
 use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile, History, parse_tablespace_map};
+use waltide_format::engines::postgres::detail::tell_segment;
 use waltide_format::engines::postgres::wal::{
-    DatabaseRecord, Expected, Next, Prepare, RECORD_HEADER_BYTES, Record, RecordStream, RelationMapUpdate,
-    RunningXactsRecord, SegmentSpan, SmgrRecord, TablespaceRecord, XactAssignment, XactRecord, XlogRecord,
-    implicit_vm_blocks,
+    DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, Next, Prepare, RECORD_HEADER_BYTES, Record,
+    RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord, SegmentSpan, SmgrRecord,
+    TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks,
 };
 use waltide_format::{Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer};
 
@@ -30,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     ("wal_stream", wal_stream),
     ("wal_record", wal_record),
     ("cluster_files", cluster_files),
+    ("detail", detail),
 ];
 
 /// The major version that a byte chooses.
@@ -152,6 +154,21 @@ pub fn wal_stream(data: &[u8]) {
     while let Ok(Next::Record(record)) = stream.next_record() {
         decode_all(&record);
     }
+    let _ = tell_segment(&bytes, span, Expected::default(), None, Lsn::MAX);
+}
+
+/// What transactions did: a section of any number.
+pub fn detail(data: &[u8]) {
+    let Some((&choice, body)) = data.split_first() else { return };
+    let (base, section) = (Lsn::from(0x300_0000), u16::from(choice));
+    let mut read = SegmentDetail::default();
+    if read.decode_section(section, 1, base, body).is_ok() {
+        let mut again = SegmentDetail::default();
+        for (section, version, bytes) in read.encode_sections(base) {
+            again.decode_section(section, version, base, &bytes).expect("what is written is read");
+        }
+        assert_eq!(again, read, "what was read is written and read again the same");
+    }
 }
 
 /// One record whose length and CRC are put right, and everything that is decoded out of it.
@@ -183,6 +200,9 @@ fn decode_all(record: &Record<'_>) {
     let _ = TablespaceRecord::decode(record);
     let _ = RelationMapUpdate::decode(record);
     let _ = RunningXactsRecord::decode(record);
+    let _ = ExclusiveLocks::decode(record);
+    let _ = RowChange::decode(record);
+    let _ = HeapTruncate::decode(record);
     let _ = implicit_vm_blocks(record);
     let mut page = [0; 8192];
     for block in record.blocks() {

@@ -1,11 +1,13 @@
 //! Segments and control files that each supported major version wrote (tests/golden/wal/make.sh), read
 //! without a server. From 15 on, what the version's own pg_walinspect read in them lies beside them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use waltide_format::archive::{CommitKind, Ending, FileEventKind, SegmentIndex};
+use waltide_format::archive::{CommitKind, Ending, FileEventKind, RelationWork, SegmentDetail, SegmentIndex};
 use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile};
+use waltide_format::engines::postgres::detail::tell_segment;
 use waltide_format::engines::postgres::scan::{Previous, PreviousLog, Scan, ScanContext, scan_segment};
 use waltide_format::engines::postgres::wal::{
     Compression, Expected, Next, Prepare, RecordStream, Rmgr, SegmentSpan, XlogRecord,
@@ -165,6 +167,43 @@ fn every_majors_images_and_messages_are_understood() {
         assert_eq!(redo, major >= PgMajor::V17, "{major}");
         assert_eq!(toplevel, major >= PgMajor::V14, "{major}");
         assert!(vm_changes > 0, "{major}");
+    }
+}
+
+#[test]
+fn every_majors_rows_are_told() {
+    for (major, _) in PgMajor::ALL {
+        let (mut all, mut tail, mut records) = (SegmentDetail::default(), None, 0);
+        for ((name, bytes), scan) in segments(major).iter().zip(scans(major)) {
+            let span = SegmentSpan::containing(name.start(size()).unwrap(), size()).unwrap();
+            let told = tell_segment(bytes, span, Expected::default(), tail, Lsn::MAX);
+            assert_eq!(told.damage, None, "{major}");
+            tail = told.tail;
+            all.add(told.detail);
+            records += scan.index.info.records;
+        }
+        assert_eq!(all.unread_records, 0, "{major}");
+        let counted = all.work.iter().map(|w| w.volume.records).sum::<u64>() + all.unowned.records;
+        assert_eq!(counted, records, "{major}: every record counts once");
+        let mut relations: BTreeMap<_, RelationWork> = BTreeMap::new();
+        for done in all.work.iter().flat_map(|w| &w.relations).filter(|r| r.relation.rel_number >= 16384) {
+            relations
+                .entry(done.relation)
+                .or_insert(RelationWork { relation: done.relation, ..RelationWork::default() })
+                .add(done);
+        }
+        // What make.sh does to `t`: before its TRUNCATE, and after it in another file.
+        let rows: Vec<_> = relations
+            .values()
+            .filter(|r| r.has_rows())
+            .map(|r| [r.rows_inserted(), r.updated, r.hot, r.deleted])
+            .collect();
+        assert_eq!(rows, [[34, 2, 2, 1], [30, 0, 0, 0]], "{major}: {relations:?}");
+        let old = relations.values().find(|r| r.has_rows()).unwrap().relation;
+        let [truncate] = all.truncates[..] else { panic!("{major}: {:?}", all.truncates) };
+        assert_eq!((truncate.db_oid, truncate.rel_oid), (old.db_oid, old.rel_number), "{major}");
+        assert!(all.locks.iter().any(|l| (l.xid, l.rel_oid) == (truncate.xid, truncate.rel_oid)), "{major}");
+        assert_eq!(all.parents.len() >= 3, major >= PgMajor::V14, "{major}: {:?}", all.parents);
     }
 }
 

@@ -88,10 +88,11 @@ fn pairs(
 }
 
 /// Whether nothing but new rows went into the new file, which lies where the old one lay: indexes are never empty, and
-/// a relation that moves to another tablespace is copied by images.
+/// a relation that moves to another tablespace is copied by images. (A hint bit may be logged by an image, of rows.)
 fn is_emptied(evidence: &Evidence<'_>, old: RelFileLocator, new: RelFileLocator) -> bool {
     let written = evidence.relations.iter().find(|r| r.relation == new);
-    (old.spc_oid, old.db_oid) == (new.spc_oid, new.db_oid) && written.is_none_or(|r| r.other_records == 0)
+    (old.spc_oid, old.db_oid) == (new.spc_oid, new.db_oid)
+        && written.is_none_or(|r| r.other_records == 0 || r.has_rows())
 }
 
 #[cfg(test)]
@@ -160,7 +161,13 @@ mod tests {
 
     #[test]
     fn a_table_filled_after_its_truncate_is_truncated() {
-        let rows = RelationWork { relation: file(30), records: 5, inserted: 5, ..RelationWork::default() };
+        let rows = RelationWork {
+            relation: file(30),
+            records: 6,
+            other_records: 1,
+            inserted: 5,
+            ..RelationWork::default()
+        };
         assert_eq!(judge(&[20], &[30], &[pg_class(0, 1, 0), rows]), [vec![], vec![], vec![20], vec![]]);
     }
 
