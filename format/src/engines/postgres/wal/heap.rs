@@ -31,13 +31,19 @@ pub const fn vm_block_of(heap_block: BlockNumber) -> BlockNumber {
 
 /// The map's pages that a heap record changes and does not refer to.
 pub fn implicit_vm_blocks(record: &Record<'_>) -> impl Iterator<Item = (RelFileLocator, BlockNumber)> {
-    let mut found = [None; 2];
-    if matches!(record.rmgr(), Rmgr::HEAP | Rmgr::HEAP2) {
-        found = cleared(record);
-    }
-    let [first, second] = found;
+    let [first, second] =
+        clears(record).map(|heap| heap.map(|(relation, heap)| (relation, vm_block_of(heap))));
     let second = second.filter(|second| Some(*second) != first);
     first.into_iter().chain(second)
+}
+
+/// The heap's pages whose bits a record clears in such pages of the map.
+pub fn implicit_vm_clears(record: &Record<'_>) -> impl Iterator<Item = (RelFileLocator, BlockNumber)> {
+    clears(record).into_iter().flatten()
+}
+
+fn clears(record: &Record<'_>) -> [Option<(RelFileLocator, BlockNumber)>; 2] {
+    if matches!(record.rmgr(), Rmgr::HEAP | Rmgr::HEAP2) { cleared(record) } else { [None; 2] }
 }
 
 fn cleared(record: &Record<'_>) -> [Option<(RelFileLocator, BlockNumber)>; 2] {
@@ -49,7 +55,7 @@ fn cleared(record: &Record<'_>) -> [Option<(RelFileLocator, BlockNumber)>; 2] {
         let named = record
             .blocks()
             .any(|b| b.fork == ForkNumber::Vm && b.relation == heap.relation && b.block == block);
-        (!named).then_some((heap.relation, block))
+        (!named).then_some((heap.relation, heap.block))
     };
     let one = |set: bool| [if set { map_of(0) } else { None }, None];
     if record.rmgr() == Rmgr::HEAP {

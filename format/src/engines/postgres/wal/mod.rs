@@ -20,7 +20,7 @@ mod xlog;
 
 pub use damage::Damage;
 pub use dbase::{DatabaseRecord, RelationMapUpdate, TablespaceRecord};
-pub use heap::{VM_HEAP_BLOCKS_PER_PAGE, implicit_vm_blocks, vm_block_of};
+pub use heap::{VM_HEAP_BLOCKS_PER_PAGE, implicit_vm_blocks, implicit_vm_clears, vm_block_of};
 pub use image::{Compression, Image};
 pub use page::{LONG_HEADER_BYTES, LongHeader, PAGE_BYTES, PageFlags, PageHeader, SHORT_HEADER_BYTES};
 pub use record::{Block, BlockRef, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader};
