@@ -8,6 +8,7 @@ mod install;
 pub(crate) mod merged;
 mod pages;
 mod queue;
+pub mod redo;
 mod restore;
 mod scratch_server;
 mod scratch_settings;
