@@ -15,7 +15,12 @@ use waltide_format::engines::postgres::wal::{
     RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord, SegmentSpan, SmgrRecord,
     TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks,
 };
-use waltide_format::{Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer};
+use waltide_format::{
+    BLOCK_BYTES, Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
+};
+use waltide_replay::engines::postgres::redo::{
+    Applied, Cluster as RedoCluster, Page, apply, clear_visibility,
+};
 
 /// A target: its name, which is its corpus' directory, and what it does.
 pub type Target = (&'static str, fn(&[u8]));
@@ -32,6 +37,7 @@ pub const TARGETS: &[Target] = &[
     ("wal_record", wal_record),
     ("cluster_files", cluster_files),
     ("detail", detail),
+    ("redo", redo),
 ];
 
 /// The major version that a byte chooses.
@@ -174,6 +180,11 @@ pub fn detail(data: &[u8]) {
 /// One record whose length and CRC are put right, and everything that is decoded out of it.
 pub fn wal_record(data: &[u8]) {
     let Some((&choice, body)) = data.split_first() else { return };
+    with_record(major(choice), body, decode_all);
+}
+
+/// Makes a record of bytes: its length and its CRC are put right.
+fn with_record(major: PgMajor, body: &[u8], take: impl FnOnce(&Record<'_>)) {
     let mut bytes = body.to_vec();
     if bytes.len() < RECORD_HEADER_BYTES {
         return;
@@ -185,8 +196,8 @@ pub fn wal_record(data: &[u8]) {
     let mut blocks = Vec::new();
     let start = Lsn::from(0x300_0028);
     let end = start.saturating_add(bytes.len() as u64);
-    if let Ok(record) = Record::decode(&bytes, start, end, major(choice), &mut blocks) {
-        decode_all(&record);
+    if let Ok(record) = Record::decode(&bytes, start, end, major, &mut blocks) {
+        take(&record);
     }
 }
 
@@ -231,4 +242,27 @@ pub fn cluster_files(data: &[u8]) {
         let _ = BackupLabel::parse(text);
         let _ = parse_tablespace_map(text);
     }
+}
+
+/// A record on a page: the first byte says how many bytes, in units of 16, are put at either end of the page.
+pub fn redo(data: &[u8]) {
+    let Some((&ends, rest)) = data.split_first() else { return };
+    let ends = usize::from(ends) * 16;
+    let Some((page, body)) = rest.split_at_checked(ends * 2) else { return };
+    let (front, back) = page.split_at(ends);
+    let mut bytes = [0; BLOCK_BYTES];
+    bytes[..ends].copy_from_slice(front);
+    bytes[BLOCK_BYTES - ends..].copy_from_slice(back);
+    with_record(PgMajor::V15, body, |record| {
+        for block in record.blocks() {
+            let mut page = Page::from(bytes);
+            let done = apply(record, block.id, &mut page, RedoCluster { logs_hints: true });
+            if matches!(done, Ok(Applied::Changed)) && block.image.is_none() {
+                assert_eq!(page.lsn(), record.end);
+            }
+        }
+        for (relation, map) in implicit_vm_blocks(record) {
+            clear_visibility(record, relation, map, &mut Page::from(bytes));
+        }
+    });
 }
