@@ -375,3 +375,59 @@ fn filters_tell_the_same_as_looking_through_everything() {
     let other = cluster.query("select oid from pg_database where datname = 'other'");
     same(&["--database", &other], &|x| x["database"].as_u64() == other.parse().ok());
 }
+
+#[test]
+fn a_crash_and_a_promotion_leave_what_was_committed_on_the_line() {
+    let mut site = Site::start("log-lines", &[("wal_level", "logical"), ("max_wal_senders", "4")]);
+    site.cluster.query("create table t (id int primary key, v text)");
+    let files = site.files("t");
+    let insert = |cluster: &Cluster, id: u32| -> String {
+        let sql = format!("begin; insert into t values ({id}); select pg_current_xact_id(); commit");
+        cluster.query(&sql).lines().last().unwrap().to_owned()
+    };
+    let first = insert(&site.cluster, 1);
+    let truncate =
+        site.xid("begin; truncate t; insert into t values (2); select pg_current_xact_id(); commit");
+    // What is open when the server dies has no end in the log, but its records are there.
+    let held =
+        site.cluster.psql("postgres").arg("-c").arg("begin; insert into t values (3); select pg_sleep(600)");
+    let held = held.spawn(site.cluster.scratch(), "held");
+    site.cluster.wait_until("select count(*) = 1 from pg_stat_activity where wait_event = 'PgSleep'");
+    let beside = insert(&site.cluster, 4);
+    site.cluster.kill9();
+    held.wait();
+    site.cluster.start();
+    let after_crash = insert(&site.cluster, 5);
+
+    let mut standby = site.cluster.make_standby("b");
+    standby.set("archive_mode", "on");
+    standby.restart();
+    let common = insert(&site.cluster, 6);
+    standby.wait_caught_up(&site.cluster);
+    standby.promote();
+    standby.wait_promoted();
+    let left_behind = insert(&site.cluster, 7);
+    let (on_2, also_on_2) = (insert(&standby, 8), insert(&standby, 9));
+    assert_eq!(left_behind, on_2, "the same number on two timelines");
+    site.cluster.archive_all();
+    standby.archive_all();
+
+    let both = [&first, &truncate, &beside, &after_crash, &common];
+    let line = |rest: &[(&String, u64)]| -> BTreeSet<(String, u64)> {
+        let both = both.iter().map(|xid| ((*xid).clone(), 1));
+        both.chain(rest.iter().map(|(xid, timeline)| ((*xid).clone(), *timeline))).collect()
+    };
+    let of_line = |args: &[&str]| -> BTreeSet<(String, u64)> {
+        let log = site.log(0, args);
+        let ours = log.iter().filter(|t| text(t, "xid").parse::<u32>().unwrap() >= first.parse().unwrap());
+        ours.map(|t| (text(t, "xid").to_owned(), t["timeline"].as_u64().unwrap())).collect()
+    };
+    assert_eq!(of_line(&["--aborted"]), line(&[(&on_2, 2), (&also_on_2, 2)]));
+    assert_eq!(of_line(&["--aborted", "--timeline", "1"]), line(&[(&left_behind, 1)]));
+    let truncates = site.log(0, &["--truncated"]);
+    let [only] = &truncates[..] else { panic!("{truncates:?}") };
+    assert_eq!(text(only, "xid"), truncate);
+    assert!(list(only, "truncated").contains(&files.as_str()), "{only}");
+    let output = site.waltide.run(["log", "--timeline", "3"]).assert_status(1);
+    assert_eq!(output.stderr, "waltide: the archive has nothing of timeline 3; it has 1, 2\n");
+}
