@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use waltide_format::archive::{Catalog, ExtentMap, Layout, PruneMark, WalObject};
+use waltide_format::archive::{Catalog, ExtentMap, Layout, MergedName, PruneMark, WalObject};
 use waltide_format::{BackupId, SystemId, TimestampTz};
 use waltide_storage::{Archive, CatalogueCache, ObjectInfo, StorageError};
 
@@ -34,6 +34,8 @@ pub struct Inventory {
     pub maps: BTreeMap<String, (Stored, Result<Vec<String>, String>)>,
     /// Packs by name.
     pub packs: BTreeMap<String, Stored>,
+    /// Merged indexes.
+    pub merged: Vec<(MergedName, Stored)>,
     /// What prunes announced, or why that is not known.
     pub marks: Vec<(Stored, Result<PruneMark, String>)>,
 }
@@ -60,6 +62,7 @@ pub async fn survey(
     let maps = archive.list(&names.maps()).await?;
     let (backups, wal) = (archive.list(&names.backups()).await?, archive.list(&names.wal()).await?);
     let marks = archive.list(&names.pruning()).await?;
+    let merged = archive.list(&names.merged()).await?;
     let reader = Reading::new(archive, cache, threads);
     let maps = reader.all(maps.iter().collect(), |object| read_packs(archive, object)).await?;
     let marks =
@@ -72,6 +75,7 @@ pub async fn survey(
             .filter_map(|o| backup_object(&names, &o.path).map(|(id, part)| (id, part, o.into())))
             .collect(),
         maps: maps.into_iter().map(|(o, packs)| (name(&o.path), (o.into(), packs))).collect(),
+        merged: merged.iter().filter_map(|o| Some((names.parse_merged(&o.path)?, o.into()))).collect(),
         packs: packs.iter().map(|o| (name(&o.path), o.into())).collect(),
         marks: marks.into_iter().map(|(o, mark)| (o.into(), mark)).collect(),
     };

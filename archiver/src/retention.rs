@@ -15,6 +15,7 @@ use waltide_format::{BackupId, Lsn, SegmentName, SystemId, TimelineId, Timestamp
 
 use crate::catalog::BackupObject;
 use crate::inventory::{Inventory, Stored, is_live};
+use crate::merged::retired;
 use crate::status::INTERRUPTED_AFTER;
 
 const DAY_SECONDS: f64 = 86_400.0;
@@ -102,6 +103,8 @@ pub enum ObjectRole {
     Wal,
     /// A backup history file.
     BackupHistory,
+    /// A merged index.
+    MergedIndex,
     /// What a prune announced.
     Mark,
 }
@@ -195,6 +198,7 @@ pub fn plan(
             paths.join(", ")
         ));
     }
+    deletions.extend(parts.merged(&deletions));
     deletions.extend(parts.marks());
     let lost = lost_windows(&coverage, &without(catalog, &deletions, &verdicts).coverage());
     let mut backups: Vec<_> = verdicts.into_values().collect();
@@ -599,6 +603,18 @@ impl Parts<'_> {
             less || (broken(after, id) && !broken(before, id))
         };
         self.kept.iter().find(harmed).map(|b| b.head.id.clone())
+    }
+
+    /// Merged indexes over segments that are all gone once `deletions` are, and those that others replace.
+    fn merged(&self, deletions: &[Deletion]) -> Vec<Deletion> {
+        let going: BTreeSet<&str> = deletions.iter().map(|d| d.path.as_str()).collect();
+        let stays = self.inventory.wal.iter().filter(|(_, stored)| !going.contains(stored.path.as_str()));
+        let left: BTreeSet<SegmentName> = stays
+            .filter(|(object, _)| !matches!(object, WalObject::File(WalFileName::BackupHistory(_))))
+            .filter_map(|(object, _)| segment_of(object))
+            .collect();
+        let gone = retired(self.catalog, &self.inventory.merged, &left);
+        gone.into_iter().map(|stored| Self::delete(stored, ObjectRole::MergedIndex)).collect()
     }
 
     /// What prunes that are gone announced.

@@ -6,6 +6,7 @@
     allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::cast_sign_loss)
 )]
 
+mod chain;
 mod drill;
 pub mod engines;
 pub mod log;
@@ -17,6 +18,7 @@ mod target;
 mod testing;
 mod verify;
 
+pub use chain::ProvedChain;
 pub use drill::{DrillReport, past_drills, random_seed, record_drill};
 pub use plan::{
     Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,

@@ -18,6 +18,7 @@ use waltide_format::engines::postgres::wal::PreviousTail;
 use waltide_format::{BackupId, Corrupt, SegmentName, TimelineId, TimestampTz, WalFileName};
 use waltide_storage::{Archive, Bytes, ObjectInfo, Progress, StorageError};
 
+use crate::chain::ProvedChain;
 use crate::engines::postgres::merged::{CheckedIndex, IndexCheck};
 use crate::engines::postgres::verify::{Around, Checked, check_segment, history_of, tail_of};
 
@@ -86,6 +87,9 @@ pub struct Verification {
     pub faults: Vec<Fault>,
     /// What is odd, and does no harm.
     pub notes: Vec<String>,
+    /// The hash chains, where they were asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub chains: Vec<ProvedChain>,
     /// The ledger's record of this run, where it could be written.
     pub ledger: Option<String>,
 }
@@ -228,6 +232,7 @@ impl Verify<'_> {
             frames: load(&tally.frames),
             faults: tally.faults.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect(),
             notes,
+            chains: Vec::new(),
             ledger,
         })
     }

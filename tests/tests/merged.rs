@@ -7,11 +7,14 @@ mod sample;
 use std::sync::Arc;
 
 use object_store::memory::InMemory;
-use sample::{SECOND, SIZE, Sample, segment_name};
+use sample::{SECOND, SIZE, Sample, later, segment_name};
 use waltide_archiver::catalog::{Known, load};
 use waltide_archiver::merged::{Indexed, MergeError, Merging};
+use waltide_archiver::prune::Pruning;
+use waltide_archiver::retention::{ObjectRole, Policy, PrunePlan};
 use waltide_format::WalFileName;
-use waltide_format::archive::{Catalog, MergedObject};
+use waltide_format::archive::{Catalog, ChainHead, MergedObject};
+use waltide_replay::Verify;
 use waltide_storage::{Archive, Faults, NoProgress};
 
 /// Segments on timeline 1 that follow one another, and nothing else.
@@ -222,4 +225,176 @@ async fn a_damaged_segment_keeps_only_its_own_step_from_being_made() {
     assert_eq!(made.made.len(), 1);
     let [skipped] = made.skipped.as_slice() else { panic!("{made:?}") };
     assert_eq!(skipped.path, path);
+}
+
+async fn prune(sample: &Sample) -> PrunePlan {
+    let pruning =
+        Pruning { archive: &sample.archive, layout: &sample.layout, system: None, cache: None, threads: 2 };
+    let policy = Policy { count: Some(1), ..Policy::default() };
+    let plan = pruning.plan(&policy, later()).await.unwrap();
+    pruning.carry_out(&plan, &policy, std::time::Duration::ZERO, &NoProgress).await.unwrap().plan
+}
+
+#[tokio::test]
+async fn a_prune_removes_what_is_over_gone_segments_alone_and_nothing_gone_seems_to_be_there() {
+    let sample = of_segments(250..520).await;
+    sample.put_backup(300, 300).await;
+    index(&sample).await;
+    let plan = prune(&sample).await;
+    let gone = |role: ObjectRole| plan.deletions.iter().filter(move |d| d.role == role).count();
+    // 250 to 299 go: the steps 256 to 271 and 272 to 287 with them, not 288 to 303 nor 256 to 511.
+    assert_eq!((gone(ObjectRole::Wal), gone(ObjectRole::MergedIndex)), (50, 2));
+    let names: Vec<_> = stored(&sample).await.into_iter().map(|(path, _)| path).collect();
+    assert_eq!(names.len(), 15);
+    assert!(
+        names.iter().any(|p| p.contains("/256/")) && names.iter().any(|p| p.contains("000000120-")),
+        "{names:?}"
+    );
+    let told = seen(&sample, Known::Merged).await;
+    assert_eq!(told, seen(&sample, Known::Nothing).await);
+    assert_eq!((told.segments.len(), told.segments[0].info.name), (220, segment_name(1, 300)));
+    assert_eq!(sample.verify(false).await.faults, []);
+    assert_eq!(prune(&sample).await.deletions, []);
+}
+
+#[tokio::test]
+async fn a_prune_removes_a_damaged_merged_index_once_another_was_made() {
+    let sample = of_segments(16..32).await;
+    sample.put_backup(16, 16).await;
+    index(&sample).await;
+    let (path, good) = stored(&sample).await.remove(0);
+    sample.replace(&path, good[..100].to_vec()).await;
+    assert_eq!(prune(&sample).await.deletions, [], "nothing is in its place yet");
+    let made = try_index(&sample.archive, &sample, true).await.unwrap().made.remove(0).path;
+    let gone: Vec<_> = prune(&sample).await.deletions.into_iter().map(|d| (d.role, d.path)).collect();
+    assert_eq!(gone, [(ObjectRole::MergedIndex, path)]);
+    assert_eq!(stored(&sample).await.into_iter().map(|(path, _)| path).collect::<Vec<_>>(), [made]);
+}
+
+/// What verify finds with the chain, and the head of the newest one.
+async fn prove(sample: &Sample, since: Option<ChainHead>) -> (Vec<(String, String)>, Option<ChainHead>) {
+    let catalog = seen(sample, Known::Nothing).await;
+    let verify = Verify {
+        archive: &sample.archive,
+        layout: &sample.layout,
+        catalog: &catalog,
+        backup: None,
+        quick: false,
+        time_allowed: None,
+        threads: 2,
+        progress: &NoProgress,
+    };
+    let mut found = verify.run(later()).await.unwrap();
+    verify.prove_chain(since, &mut found).await.unwrap();
+    let head = found.chains.last().map(|c| c.head);
+    let file = |path: &str| path.rsplit('/').next().unwrap().to_owned();
+    (found.faults.into_iter().map(|f| (file(&f.object), f.text)).collect(), head)
+}
+
+/// Puts segments behind those that are there.
+async fn lengthen(sample: &Sample, numbers: std::ops::Range<u64>) {
+    let mut previous = ((numbers.start - 1) * SIZE + SECOND, None);
+    for number in numbers {
+        previous = sample.put_segment(1, 1, number, previous, 700 + number as u32, None).await;
+    }
+}
+
+#[tokio::test]
+async fn a_noted_head_is_continued_by_what_comes_later_and_after_a_prune() {
+    let sample = of_segments(10..36).await;
+    let (faults, noted) = prove(&sample, None).await;
+    let noted = noted.unwrap();
+    assert_eq!((faults, noted.origin, noted.last), (vec![], segment_name(1, 10), segment_name(1, 35)));
+    index(&sample).await;
+    lengthen(&sample, 36..60).await;
+    let (faults, later) = prove(&sample, Some(noted)).await;
+    assert_eq!(faults, []);
+    let later = later.unwrap();
+    assert_eq!((later.origin, later.last), (noted.origin, segment_name(1, 59)));
+    index(&sample).await;
+    // A merged index over what went and what stays keeps the hash between them, and so where the chain began.
+    sample.put_backup(40, 40).await;
+    prune(&sample).await;
+    for head in [noted, later] {
+        let (faults, now) = prove(&sample, Some(head)).await;
+        assert_eq!((faults, now), (vec![], Some(later)), "{head}");
+    }
+}
+
+#[tokio::test]
+async fn a_replaced_segment_is_named_even_where_every_object_is_whole_and_fits() {
+    let sample = of_segments(10..40).await;
+    index(&sample).await;
+    let noted = prove(&sample, None).await.1.unwrap();
+    // In the part that no merged index covers.
+    exchange(&sample, 36).await;
+    assert_eq!(sample.verify(false).await.faults, [], "it is valid, and so is the archive");
+    let (faults, head) = prove(&sample, Some(noted)).await;
+    assert_ne!(head, Some(noted));
+    let text = format!(
+        "a segment from this one to {} is not what it was, or was put elsewhere: the chain up to {} does not have the \
+         hash that --since kept",
+        noted.last, noted.last
+    );
+    assert_eq!(faults, [(segment_name(1, 32).to_string(), text)]);
+    // In the part that one covers: the segment itself.
+    exchange(&sample, 20).await;
+    let (faults, _) = prove(&sample, Some(noted)).await;
+    let names: Vec<_> = faults.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, [segment_name(1, 20).to_string(), segment_name(1, 32).to_string()]);
+    // With the merged indexes made anew over it, only what was noted elsewhere knows.
+    for (path, _) in stored(&sample).await {
+        sample.archive.delete(&path).await.unwrap();
+    }
+    index(&sample).await;
+    assert_eq!(prove(&sample, None).await.0, []);
+    let (faults, _) = prove(&sample, Some(noted)).await;
+    assert_eq!(faults.len(), 1);
+    assert!(faults[0].1.contains("--since"), "{faults:?}");
+}
+
+#[tokio::test]
+async fn a_removed_segment_is_named_in_the_middle_and_at_the_end() {
+    let sample = of_segments(10..48).await;
+    let noted = prove(&sample, None).await.1.unwrap();
+    index(&sample).await;
+    for number in [46, 47] {
+        sample.archive.delete(&wal(&sample, number)).await.unwrap();
+    }
+    assert_eq!(sample.verify(false).await.faults, [], "nothing follows them, so no hole shows");
+    let (faults, _) = prove(&sample, None).await;
+    let [(name, text)] = faults.as_slice() else { panic!("{faults:?}") };
+    assert_eq!(*name, segment_name(1, 46).to_string());
+    assert!(text.starts_with("it was removed: main/42/index/00000001/16/"), "{text}");
+    sample.archive.delete(&wal(&sample, 12)).await.unwrap();
+    let (faults, _) = prove(&sample, Some(noted)).await;
+    let text = faults
+        .iter()
+        .find(|(name, _)| *name == segment_name(1, 12).to_string())
+        .map(|(_, text)| text.as_str());
+    assert!(text.is_some(), "{faults:?}");
+}
+
+#[tokio::test]
+async fn a_swapped_and_a_duplicated_segment_are_named() {
+    let sample = of_segments(16..34).await;
+    index(&sample).await;
+    let (a, b) = (wal(&sample, 20), wal(&sample, 24));
+    let bytes = |path: String| {
+        let archive = sample.archive.clone();
+        async move { archive.get(&path, 1 << 30).await.unwrap().to_vec() }
+    };
+    let (of_a, of_b) = (bytes(a.clone()).await, bytes(b.clone()).await);
+    sample.replace(&a, of_b).await;
+    let (faults, _) = prove(&sample, None).await;
+    assert!(
+        faults.iter().any(|(name, text)| a.ends_with(name) && text.contains("its index speaks of")),
+        "{faults:?}"
+    );
+    assert!(faults.iter().all(|(name, _)| !b.ends_with(name)), "{faults:?}");
+    sample.replace(&b, of_a).await;
+    let (faults, _) = prove(&sample, None).await;
+    for path in [a, b] {
+        assert!(faults.iter().any(|(name, _)| path.ends_with(name)), "{path}: {faults:?}");
+    }
 }

@@ -12,7 +12,7 @@ use waltide_format::archive::{
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
-use super::read::{ListedIndex, Summaries, list};
+use super::read::{ListedIndex, list, summary};
 
 /// Most indexes lie in this much of their object's end.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -151,13 +151,13 @@ impl Merging<'_> {
             let ends = l.name.last.end(size);
             begins.iter().any(|b| {
                 let start = b.start(size);
-                l.name.first.timeline() == b.timeline() && l.name.first.start(size) < start && ends >= start
+                l.name.first.timeline() == b.timeline() && l.name.first.start(size) <= start && ends >= start
             })
         };
         let mut anchors = Vec::new();
         for listed in listed.iter().filter(near) {
-            match Summaries::read(self.archive, listed).await {
-                Ok(Ok(found)) => anchors.extend(found.anchors),
+            match summary(self.archive, listed).await {
+                Ok(Ok(found)) => anchors.extend(self.catalog.merged_heads(&found)),
                 Ok(Err(e)) => tracing::warn!("{} is damaged: {e}", listed.object.path),
                 Err(e) if e.is_not_found() || e.is_bad_object() => {}
                 Err(e) => return Err(e.into()),

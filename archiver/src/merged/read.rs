@@ -2,16 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use waltide_format::archive::{
-    ChainHead, MergedDirectory, MergedName, MergedSection, MergedSegment, RestorePoint, SegmentEntry,
-    SystemLayout, WalObject,
-};
+use waltide_format::archive::{MergedName, MergedSummary, SegmentEntry, SystemLayout, WalObject};
 use waltide_format::{Corrupt, SegmentName, WalFileName};
 use waltide_storage::{Archive, ObjectInfo, StorageError};
-
-/// What is read of an object's end at first, and as much more for each segment that it covers.
-const TAIL_BYTES: u64 = 16 << 10;
-const TAIL_BYTES_PER_SEGMENT: u64 = 192;
 
 /// A merged index that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,73 +33,14 @@ pub(crate) fn newest(listed: &[ListedIndex]) -> Vec<&ListedIndex> {
     best
 }
 
-/// What a catalogue needs of a merged index.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Summaries {
-    pub(crate) segments: Vec<MergedSegment>,
-    pub(crate) restore_points: Vec<RestorePoint>,
-    /// The chain before the first segment and behind the last, where there is a segment before.
-    pub(crate) anchors: Vec<ChainHead>,
-}
-
-impl Summaries {
-    /// Reads the object's end. The outer error is the archive's, the inner one the object's.
-    pub(crate) async fn read(
-        archive: &Archive,
-        listed: &ListedIndex,
-    ) -> Result<Result<Self, Corrupt>, StorageError> {
-        let bytes = TAIL_BYTES.saturating_add(listed.name.step.saturating_mul(TAIL_BYTES_PER_SEGMENT));
-        archive
-            .read_end(&listed.object.path, bytes, |tail, size| Self::decode(&listed.name, tail, size))
-            .await
-    }
-
-    /// The segments as a catalogue has them.
-    fn entries(self, names: &SystemLayout) -> impl Iterator<Item = SegmentEntry> {
-        let points = self.restore_points;
-        self.segments.into_iter().map(move |segment| {
-            let info = segment.info.clone();
-            let (start, end) = (info.name.start(info.size), info.name.end(info.size));
-            // A record that runs over the edge may be in both indexes.
-            let here =
-                |p: &&RestorePoint| end.is_some_and(|end| p.start < end) && start.is_some_and(|s| p.end > s);
-            SegmentEntry {
-                path: names.wal_object(segment.object()),
-                stored_bytes: segment.stored_bytes,
-                restore_points: points.iter().filter(here).map(|p| p.name.clone()).collect(),
-                faults: Vec::new(),
-                pushed_by: segment.pushed_by,
-                digest: segment.digest.iter().map(|b| format!("{b:02x}")).collect(),
-                info,
-            }
-        })
-    }
-
-    fn decode(name: &MergedName, tail: &[u8], size: u64) -> Result<Result<Self, u64>, Corrupt> {
-        let directory = match MergedDirectory::decode(tail, size)? {
-            Ok(directory) => directory,
-            Err(needed) => return Ok(Err(needed)),
-        };
-        if directory.first.name != name.first || u64::from(directory.segments) != name.step {
-            let found = u64::from(directory.segments);
-            return Err(Corrupt::mismatch("segments", 0, found, name.step));
-        }
-        let part = |section| directory.in_tail(section, tail, size);
-        let (segments, points) = match (part(MergedSection::Segments), part(MergedSection::RestorePoints)) {
-            (Ok(segments), Ok(points)) => (segments, points),
-            (a, b) => return Ok(Err(a.err().max(b.err()).unwrap_or(size))),
-        };
-        let segments = directory.read_segments(segments)?;
-        let points = directory.read_lists(&[(MergedSection::RestorePoints, points)])?;
-        // Behind every segment there is an anchor: prune may remove what comes before it.
-        let mut hash = directory.chain.before;
-        let anchors = segments.iter().map(|s| {
-            hash = hash.link(&s.link());
-            ChainHead { origin: directory.chain.origin, last: s.info.name, hash }
-        });
-        let anchors: Vec<_> = anchors.collect();
-        Ok(Ok(Self { anchors, segments, restore_points: points.restore_points }))
-    }
+/// What an object's end says. The outer error is the archive's, the inner one the object's.
+pub(crate) async fn summary(
+    archive: &Archive,
+    listed: &ListedIndex,
+) -> Result<Result<MergedSummary, Corrupt>, StorageError> {
+    let name = &listed.name;
+    let bytes = MergedSummary::tail_bytes(name);
+    archive.read_end(&listed.object.path, bytes, |tail, size| MergedSummary::decode(name, tail, size)).await
 }
 
 /// Segments of which the catalogue would need to read this many are looked for in merged indexes.
@@ -142,7 +76,7 @@ pub(crate) async fn tell(
         if wanted.range(listed.name.first..=listed.name.last).count() < WORTH_IT {
             continue;
         }
-        let found = match Summaries::read(archive, listed).await {
+        let found = match summary(archive, listed).await {
             Ok(Ok(found)) => found,
             Ok(Err(e)) => {
                 tracing::warn!("{} is damaged, reading the segments instead: {e}", listed.object.path);

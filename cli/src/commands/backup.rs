@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use waltide_archiver::engines::postgres::backup::{Backup, BackupRequest, DEFAULT_LEVEL, backup};
+use waltide_archiver::merged::catch_up;
 use waltide_format::archive::{BackupKind, ConfigFile, ManifestStats, Tablespace};
 use waltide_format::{BackupId, Lsn, TimelineId, TimestampTz};
 
@@ -174,5 +175,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         tracing::warn!("{warning}");
     }
     let answer = Answer::new(&done);
-    output::answer(context, &answer, || answer.text())
+    output::answer(context, &answer, || answer.text())?;
+    // The backup is there whatever becomes of this.
+    catch_up(&request.archive, &request.layout, request.threads).await;
+    Ok(())
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use waltide_archiver::catalog::{self, Known};
 use waltide_format::TimestampTz;
+use waltide_format::archive::ChainHead;
 use waltide_replay::{FaultKind, Verification, Verify};
 
 use crate::context::{Context, catalog_failure, find_backup};
@@ -22,6 +23,12 @@ pub(crate) struct Args {
     /// Look at names, lengths, directories and gaps only
     #[arg(long)]
     quick: bool,
+    /// Prove the hash chain over the WAL as well, and print its head, which may be noted elsewhere
+    #[arg(long, conflicts_with = "backup")]
+    chain: bool,
+    /// Prove that the archive continues this head of the chain, noted before (with --chain)
+    #[arg(long, value_name = "HEAD", requires = "chain")]
+    since: Option<ChainHead>,
     /// Begin nothing new after so many minutes; the next run goes on with the rest
     #[arg(long, value_name = "N")]
     max_minutes: Option<u64>,
@@ -45,7 +52,10 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
         threads: context.threads,
         progress: progress.as_ref(),
     };
-    let found = verify.run(TimestampTz::from_jiff(jiff::Timestamp::now())).await?;
+    let mut found = verify.run(TimestampTz::from_jiff(jiff::Timestamp::now())).await?;
+    if args.chain {
+        verify.prove_chain(args.since, &mut found).await?;
+    }
     drop(progress);
     output::answer(context, &found, || text(&found))?;
     if found.faults.is_empty() { Ok(()) } else { Err(Failure::silent(3)) }
@@ -70,6 +80,7 @@ fn text(v: &Verification) -> String {
         facts
             .push(("incomplete", "the time allowed was over; the next run goes on with the rest".to_owned()));
     }
+    facts.extend(v.chains.iter().map(|c| ("chain", format!("timeline {}: {}", c.timeline, c.head))));
     facts.extend(v.notes.iter().map(|n| ("note", n.clone())));
     for fault in &v.faults {
         let kind = match fault.kind {

@@ -44,7 +44,7 @@ pub use manifest::{
 };
 pub use merged::{
     MERGE_BUILDER, MERGE_STEPS, MERGED_SECTIONS, MergeGroup, MergedDirectory, MergedIndex, MergedObject,
-    MergedSection, MergedSegment, RelationSegments, TouchedFork,
+    MergedSection, MergedSegment, MergedSummary, RelationSegments, TouchedFork,
 };
 pub use reach::Reach;
 pub use source::PushSource;

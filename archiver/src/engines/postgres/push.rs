@@ -21,6 +21,7 @@ use super::admit::{self, Admission, Refusal};
 use super::copies::{Copies, Incoming, Sources, history_difference};
 use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_head, read_whole, read_whole_with};
 use crate::init::{self, InitError, read_json};
+use crate::merged::IdleMerge;
 
 /// How segments are compressed unless the operator says otherwise: measured, docs/performance.md.
 pub const DEFAULT_LEVEL: i32 = 1;
@@ -314,6 +315,11 @@ pub(crate) enum Looked {
 }
 
 impl Shipper {
+    /// What merges the indexes of what was shipped.
+    pub(super) fn idle_merge(&self) -> IdleMerge {
+        IdleMerge::new(self.0.archive.clone(), self.0.layout.clone())
+    }
+
     /// Ships to the cluster of `layout`, compressing at `level`.
     pub fn new(archive: Archive, layout: Layout, level: i32) -> Self {
         Self(Arc::new(Inner {

@@ -128,6 +128,7 @@ pub async fn watch(
     let mut is_trusted = false;
     let mut in_flight = FuturesUnordered::new();
     let mut flying: HashSet<WalFileName> = HashSet::new();
+    let mut idle = shipper.idle_merge();
     let mut stop = pin!(stop);
     loop {
         if let Some(watcher) = watcher.as_mut().filter(|_| !is_watching) {
@@ -153,6 +154,9 @@ pub async fn watch(
         let there: HashSet<WalFileName> = ready.iter().copied().collect();
         done.retain(|name| there.contains(name));
         waiting.retain(|name, _| there.contains(name));
+        if flying.is_empty() && archive_waits.is_none() && ready.iter().all(|name| done.contains(name)) {
+            idle.look(watched.shipped);
+        }
         let now = Instant::now();
         let archive_rests = archive_waits.as_ref().is_some_and(|w| w.until > now);
         for name in ready {

@@ -3,9 +3,10 @@
 use crate::archive::catalog::{Catalog, Lineage, Run, SegmentEntry};
 use crate::archive::chain::{ChainHead, ChainLink, ChainStart};
 use crate::archive::layout::MergedName;
-use crate::ids::SystemId;
+use crate::ids::{Lsn, SystemId};
+use crate::segment::SegmentName;
 
-use super::{MERGE_BUILDER, MERGE_STEPS};
+use super::{MERGE_BUILDER, MERGE_STEPS, MergedSummary};
 
 /// Segments that a merged index can be made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,6 +76,24 @@ impl Catalog {
         })
     }
 
+    /// The segment that comes before, on the line of this one's timeline.
+    pub fn segment_before(&self, name: SegmentName) -> Option<SegmentName> {
+        let size = self.system.segment_size;
+        let before = name.start(size)?.get().checked_sub(1).map(Lsn::from)?;
+        Some(SegmentName::containing(self.lineage(name.timeline()).timeline_at(before), before, size))
+    }
+
+    /// The heads that a merged index has kept: behind each of its segments, and before the first if the chain did not
+    /// begin there.
+    pub fn merged_heads(&self, index: &MergedSummary) -> Vec<ChainHead> {
+        let first = index.segments.first().map(|s| s.info.name);
+        let before = first.filter(|first| *first != index.chain.origin).and_then(|first| {
+            let last = self.segment_before(first)?;
+            Some(ChainHead { origin: index.chain.origin, last, hash: index.chain.before })
+        });
+        before.into_iter().chain(index.heads()).collect()
+    }
+
     /// Every merged index that can be made, lower steps first.
     pub fn merge_groups(&self, anchors: &[ChainHead]) -> Vec<MergeGroup<'_>> {
         let mut groups = Vec::new();
@@ -135,7 +154,6 @@ impl Catalog {
 mod tests {
     use super::*;
     use crate::archive::catalog::samples::*;
-    use crate::ids::Lsn;
 
     fn archive(numbers: impl IntoIterator<Item = u64>) -> Catalog {
         let mut c = catalog(numbers.into_iter().map(|n| segment(1, n)).collect());

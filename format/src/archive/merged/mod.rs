@@ -6,12 +6,14 @@
 mod groups;
 mod merge;
 mod object;
+mod summary;
 #[cfg(test)]
 mod tests;
 
 pub use groups::MergeGroup;
 pub use merge::{MergedIndex, MergedSegment, RelationSegments, TouchedFork};
 pub use object::{MERGED_SECTIONS, MergedDirectory, MergedObject, MergedSection};
+pub use summary::MergedSummary;
 
 /// How many segments an object of each step covers. Each step reads sixteen objects of the one below: 256 MiB, 4 GiB and
 /// 64 GiB of WAL where segments have 16 MiB.
