@@ -17,3 +17,5 @@ mod put;
 pub mod retention;
 pub mod status;
 mod stored_segments;
+#[cfg(test)]
+mod testing;

@@ -689,107 +689,10 @@ fn lost_window(
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use waltide_format::archive::{
-        BackupKind, BackupMethod, Ending, Keep, Lineage, Manifest, ManifestStats, SegmentEntry, SegmentInfo,
-        SystemInfo,
-    };
-    use waltide_format::{PgMajor, SegmentSize};
+    use waltide_format::archive::{BackupKind, Keep, Lineage, SegmentEntry};
 
     use super::*;
-
-    const SIZE: u64 = 1 << 20;
-    const HOUR: i64 = 3_600_000_000;
-
-    fn hour(n: i64) -> TimestampTz {
-        TimestampTz::from_postgres_micros(n * HOUR)
-    }
-
-    fn t(n: u32) -> TimelineId {
-        TimelineId::new(n).unwrap()
-    }
-
-    fn size() -> SegmentSize {
-        SegmentSize::new(SIZE).unwrap()
-    }
-
-    /// A segment that joins its neighbours; one is written every hour.
-    fn segment(timeline: u32, number: u64) -> SegmentEntry {
-        let start = number * SIZE;
-        let name = SegmentName::containing(t(timeline), Lsn::from(start), size());
-        let time = Some(hour(number as i64));
-        let info = SegmentInfo {
-            system_id: 42.into(),
-            major: PgMajor::V15,
-            name,
-            size: size(),
-            first_page_timeline: t(timeline),
-            last_page_timeline: t(timeline),
-            continued_bytes: 0,
-            overwrites_contrecord: false,
-            first_record: Some(Lsn::from(start + 40)),
-            first_prev: Some(Lsn::from(start - 100)),
-            last_record: Some(Lsn::from(start + SIZE - 100)),
-            valid_end: Lsn::from(start + SIZE),
-            ending: Ending::Full,
-            pending: None,
-            head_joined: false,
-            records: 2,
-            first_time: time,
-            last_time: time,
-            min_time: time,
-            max_time: time,
-            last_commit_time: time,
-            commits: 1,
-            image_bytes: 0,
-        };
-        let path = format!("main/42/wal/{timeline:08X}/{name}");
-        let digest = String::new();
-        SegmentEntry {
-            path,
-            stored_bytes: 10,
-            info,
-            restore_points: vec![],
-            faults: vec![],
-            digest,
-            pushed_by: None,
-        }
-    }
-
-    /// A backup that takes `span` segments' time from the middle of segment `number` on.
-    fn backup(timeline: u32, number: u64, span: u64) -> BackupEntry {
-        let (start, stop) = (number * SIZE + 500, (number + span) * SIZE + 700);
-        let started = hour(number as i64);
-        let head = Manifest {
-            id: BackupId::new(started, timeline as u16),
-            kind: BackupKind::Full,
-            method: BackupMethod::Backup,
-            parent: None,
-            full_because: None,
-            description: None,
-            started,
-            stopped: hour((number + span) as i64),
-            system_id: 42.into(),
-            major: PgMajor::V15,
-            server_version: "15.18".into(),
-            segment_size: size(),
-            data_checksums: true,
-            timeline: t(timeline),
-            start_lsn: start.into(),
-            stop_lsn: stop.into(),
-            checkpoint_lsn: start.into(),
-            backup_label: String::new(),
-            tablespace_map: String::new(),
-            from_standby: false,
-            tablespaces: vec![],
-            config_files: vec![],
-            maps: vec![],
-            directories: vec![],
-            files: vec![],
-            damaged_pages: vec![],
-            stats: ManifestStats::default(),
-        };
-        BackupEntry { head, files: 0, keep: None }
-    }
+    use crate::testing::*;
 
     fn stored(path: String, at: TimestampTz) -> Stored {
         Stored { path, bytes: 10, modified: at }
@@ -801,8 +704,6 @@ mod tests {
         let names = waltide_format::archive::Layout::new("main").unwrap().system(42.into());
         backups.sort_by_key(|b| (b.head.started, b.head.id.clone()));
         backups.dedup_by(|a, b| a.head.id == b.head.id);
-        let mut segments = segments;
-        segments.sort_by(|a, b| (a.info.name, &a.path).cmp(&(b.info.name, &b.path)));
         let mut inventory = Inventory::default();
         for s in &segments {
             let at = s.info.last_commit_time.unwrap();
@@ -818,24 +719,7 @@ mod tests {
             }
             b.head.maps.push(id.to_string());
         }
-        let system = SystemInfo {
-            system_id: 42.into(),
-            major: PgMajor::V15,
-            block_bytes: 8192,
-            segment_size: size(),
-            created: TimestampTz::default(),
-        };
-        let catalog = Catalog {
-            cluster: "main".into(),
-            system,
-            backups,
-            started: vec![],
-            segments,
-            lineages: BTreeMap::new(),
-            beginnings: BTreeMap::new(),
-            damaged: vec![],
-        };
-        (catalog, inventory)
+        (catalog(segments, backups), inventory)
     }
 
     fn make(catalog: &Catalog, inventory: &Inventory, policy: &Policy, now: i64) -> PrunePlan {
