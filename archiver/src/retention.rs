@@ -900,7 +900,7 @@ mod tests {
         fn archives()(
             forks in proptest::collection::vec((8u64..40, 1u64..SIZE), 0..3),
             missing in proptest::collection::btree_set((1u32..4, 1u64..50), 0..5),
-            backups in proptest::collection::vec((1u32..4, 1u64..45, 0u64..3, any::<Option<bool>>(), any::<proptest::sample::Index>()), 1..9),
+            backups in proptest::collection::vec((1u32..4, 1u64..45, 0u64..3, any::<Option<bool>>(), any::<proptest::sample::Index>(), 0u8..3), 1..9),
             unfinished_at in proptest::option::of((1i64..60, any::<bool>())),
             unknown_history: bool,
         ) -> (Catalog, Inventory) {
@@ -918,19 +918,26 @@ mod tests {
                 let begin = lineages.get(&t(timeline)).map_or(1, |l: &Lineage| l.begin().get() / SIZE);
                 segments.extend((begin.max(1)..50).filter(|n| !missing.contains(&(timeline, *n))).map(|n| segment(timeline, n)));
             }
-            let backups: Vec<_> = backups.into_iter().filter(|b| b.0 <= forks.len() as u32 + 1).map(|(timeline, number, span, pin, shares)| {
+            let backups: Vec<_> = backups.into_iter().filter(|b| b.0 <= forks.len() as u32 + 1).map(|(timeline, number, span, pin, shares, link)| {
                 let mut entry = backup(timeline, number, span);
                 entry.keep = pin.map(|standalone| Keep { standalone, ..Keep::default() });
-                (entry, shares)
+                (entry, shares, link)
             }).collect();
-            let shared: Vec<_> = backups.iter().map(|(_, shares)| backups[shares.index(backups.len())].0.head.id.to_string()).collect();
-            let backups = backups.into_iter().zip(shared).map(|((mut entry, _), map)| {
-                if map != entry.head.id.as_str() {
-                    entry.head.maps.push(map);
+            // A chain refers to older maps; once several were made one, only to older packs.
+            let shared: Vec<_> = backups.iter().map(|(_, shares, _)| backups[shares.index(backups.len())].0.head.id.to_string()).collect();
+            let mut merged = Vec::new();
+            let backups = backups.into_iter().zip(shared).map(|((mut entry, _, link), other)| {
+                match link {
+                    0 if other != entry.head.id.as_str() => entry.head.maps.push(other),
+                    1 => merged.push((entry.head.id.to_string(), format!("{other}-1"))),
+                    _ => {}
                 }
                 entry
             }).collect();
             let (mut c, mut i) = archive(segments, backups);
+            for (map, pack) in merged {
+                i.maps.get_mut(&map).unwrap().1.as_mut().unwrap().push(pack);
+            }
             if unknown_history {
                 lineages.pop_last();
             }

@@ -142,3 +142,146 @@ pub(super) fn cover<'a>(catalog: &'a Catalog, line: &Lineage, from: Lsn, until: 
         None => Cover::NotYet(end),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use waltide_format::archive::SegmentEntry;
+
+    use super::*;
+    use crate::testing::*;
+
+    fn here(timeline: u32) -> Here {
+        Here { timeline: t(timeline), data_checksums: true }
+    }
+
+    fn segments(timeline: u32, numbers: impl IntoIterator<Item = u64>) -> Vec<SegmentEntry> {
+        numbers.into_iter().map(|n| segment(timeline, n)).collect()
+    }
+
+    fn chosen(catalog: &Catalog, kind: BackupKind, here: Here) -> Result<Lsn, String> {
+        choose(catalog, kind, here, &[]).map(|b| b.head.start_lsn)
+    }
+
+    /// Three backups, the first and the last of them full.
+    fn three() -> Catalog {
+        let mut backups = [3, 6, 9].map(|n| backup(1, n, 0));
+        backups[1].head.kind = BackupKind::Incremental;
+        backups[2].head.kind = BackupKind::Incremental;
+        catalog(segments(1, 2..12), backups.to_vec())
+    }
+
+    #[test]
+    fn an_incremental_is_made_against_the_newest_and_a_differential_against_the_newest_full() {
+        let c = three();
+        assert_eq!(chosen(&c, BackupKind::Incremental, here(1)), Ok(c.backups[2].head.start_lsn));
+        assert_eq!(chosen(&c, BackupKind::Differential, here(1)), Ok(c.backups[0].head.start_lsn));
+        let pruned = [c.backups[2].head.id.clone()];
+        let found = choose(&c, BackupKind::Incremental, here(1), &pruned).unwrap();
+        assert_eq!(found.head.start_lsn, c.backups[1].head.start_lsn);
+        let none = catalog(vec![], vec![]);
+        assert_eq!(chosen(&none, BackupKind::Incremental, here(1)), Err(NO_BACKUP.to_owned()));
+        let why = Err("there is no full backup yet".to_owned());
+        assert_eq!(chosen(&none, BackupKind::Differential, here(1)), why);
+    }
+
+    #[test]
+    fn what_ended_behind_a_fork_is_no_parent() {
+        let mut c = three();
+        let why = chosen(&c, BackupKind::Incremental, here(2)).unwrap_err();
+        assert!(why.ends_with("the archive does not have the history of timeline 2, the server's"), "{why}");
+        let at = c.backups[1].head.stop_lsn;
+        c.lineages.insert(t(2), Lineage { ancestors: vec![(t(1), at)], timeline: t(2) });
+        assert_eq!(chosen(&c, BackupKind::Incremental, here(2)), Ok(c.backups[1].head.start_lsn));
+        // It started before the fork and ended behind it: its files may hold what timeline 2 never saw.
+        let fork = at.saturating_sub(1);
+        c.lineages.insert(t(2), Lineage { ancestors: vec![(t(1), fork)], timeline: t(2) });
+        assert_eq!(chosen(&c, BackupKind::Incremental, here(2)), Ok(c.backups[0].head.start_lsn));
+        c.backups.remove(0);
+        let why = chosen(&c, BackupKind::Incremental, here(2)).unwrap_err();
+        assert!(
+            why.ends_with("on timeline 1, which is not in the past of timeline 2, the server's"),
+            "{why}"
+        );
+    }
+
+    #[test]
+    fn a_parent_has_the_same_pages_and_names_all_that_are_damaged() {
+        let mut c = catalog(segments(1, 2..12), vec![backup(1, 3, 0)]);
+        let off = Here { data_checksums: false, ..here(1) };
+        let why = chosen(&c, BackupKind::Incremental, off).unwrap_err();
+        assert!(why.starts_with("data checksums are off and were on in backup "), "{why}");
+        c.backups[0].head.damaged_pages = vec!["base/5/1:1".into(); DAMAGED_PAGES_MAX];
+        let why = chosen(&c, BackupKind::Incremental, here(1)).unwrap_err();
+        assert!(why.ends_with("has more damaged pages than it names"), "{why}");
+        let parent = backup(1, 3, 0).head;
+        assert_eq!(unfit_for_start(&parent, parent.stop_lsn), None);
+        let why = unfit_for_start(&parent, parent.stop_lsn.saturating_sub(1)).unwrap();
+        assert!(why.contains("a standby has to replay a checkpoint in between"), "{why}");
+    }
+
+    #[test]
+    fn nothing_before_a_segments_first_record_has_to_be_there() {
+        let at = |n: u64| Lsn::from(5 * SIZE + n);
+        assert_eq!(needed_end(at(0), size()), at(0));
+        assert_eq!(needed_end(at(40), size()), at(0));
+        assert_eq!(needed_end(at(41), size()), at(41));
+    }
+
+    #[test]
+    fn the_ancestors_segments_behind_a_fork_do_not_make_a_hole() {
+        let mut c = catalog([segments(1, 2..12), segments(2, 5..7)].concat(), vec![]);
+        let fork = Lsn::from(5 * SIZE + 900);
+        let line = Lineage { ancestors: vec![(t(1), fork)], timeline: t(2) };
+        let (from, until) = (Lsn::from(3 * SIZE + 500), Lsn::from(7 * SIZE + 50));
+        assert_eq!(cover(&c, &line, from, until), Cover::NotYet(Lsn::from(7 * SIZE)));
+        c.segments.extend(segments(2, [7]));
+        let Cover::Whole(steps) = cover(&c, &line, from, until) else { panic!("not whole") };
+        let names: Vec<_> = steps.iter().map(|s| s.entry.info.name.timeline().get()).collect();
+        assert_eq!(names, [1, 1, 2, 2, 2]);
+    }
+
+    #[test]
+    fn a_hole_is_named() {
+        let mut c = catalog(segments(1, [2, 3, 6, 7]), vec![]);
+        let line = Lineage::root(t(1));
+        let of = |c: &Catalog| match cover(c, &line, Lsn::from(2 * SIZE), Lsn::from(7 * SIZE)) {
+            Cover::Broken(why) => why,
+            other => panic!("{other:?}"),
+        };
+        let first = segment(1, 4);
+        let more = format!("the WAL since then is not whole: {} and 1 after it is missing", first.info.name);
+        assert_eq!(of(&c), more);
+        let error = "xl_crc".to_owned();
+        c.damaged.push(waltide_format::archive::DamagedObject { path: first.path, error });
+        assert!(of(&c).ends_with("and 1 after it cannot be read"), "{}", of(&c));
+        c.segments.extend(segments(1, [4, 5]));
+        c = catalog(c.segments, vec![]);
+        c.segments[3].info.first_prev = Some(Lsn::from(7));
+        assert!(of(&c).starts_with("the WAL since then is not whole: the WAL breaks at "), "{}", of(&c));
+    }
+
+    proptest! {
+        #[test]
+        fn the_wal_is_whole_exactly_where_every_segment_is_there(
+            there in proptest::collection::btree_set(1u64..12, 0..12),
+            from in SIZE..10 * SIZE, bytes in 1..5 * SIZE,
+        ) {
+            let (from, until) = (Lsn::from(from), Lsn::from(from + bytes));
+            let c = catalog(segments(1, there.iter().copied()), vec![]);
+            let mut needed = from.get() / SIZE..=(until.get() - 1) / SIZE;
+            let missing = needed.clone().find(|n| !there.contains(n));
+            match cover(&c, &Lineage::root(t(1)), from, until) {
+                Cover::Whole(steps) => {
+                    prop_assert_eq!(missing, None);
+                    prop_assert!(needed.by_ref().eq(steps.iter().map(|s| s.start().get() / SIZE)));
+                }
+                Cover::NotYet(at) => {
+                    prop_assert_eq!(missing.map(|n| n * SIZE), Some(at.get()));
+                    prop_assert!(there.iter().all(|n| n * SIZE <= at.get()));
+                }
+                Cover::Broken(_) => prop_assert!(missing.is_some_and(|n| there.iter().any(|m| *m > n))),
+            }
+        }
+    }
+}
