@@ -144,6 +144,13 @@ fn a_differential_is_made_against_the_last_full() {
             .query(&format!("update t set id = id where id between {part} * 1000 and {part} * 1000 + 100"));
         site.incremental(&cluster);
     }
+    // Two at once do not see one another.
+    let kinds = ["incremental", "differential"];
+    let both = kinds.map(|kind| site.waltide.spawn(site.args(&cluster, &["--type", kind, "--json"])));
+    for (kind, running) in kinds.iter().zip(both) {
+        let done: serde_json::Value = serde_json::from_str(&running.wait().assert_ok().stdout).unwrap();
+        assert_eq!(done["kind"], *kind, "{done}");
+    }
     let done = site.backup(&cluster, &["--type", "differential"]);
     assert_eq!((done["kind"].as_str(), &done["parent"]), (Some("differential"), &full["id"]), "{done}");
     assert_eq!(site.manifest(&cluster, &done).maps.len(), 2);

@@ -136,6 +136,29 @@ fn without_the_wal_since_the_parent_a_full_is_made() {
 }
 
 #[test]
+fn the_wal_of_another_history_is_noticed() {
+    let site = Site::new("incremental-twin");
+    let mut cluster = site.start(|b| b);
+    cluster.query("create table t as select generate_series(1, 1000) as id");
+    site.full(&cluster);
+    cluster.stop(StopMode::Fast);
+    let twin = site.scratch.copy_tree(cluster.data_dir(), "twin");
+    cluster.start();
+    cluster.query("insert into t values (0)");
+    for _ in 0..4 {
+        cluster.archive_all();
+    }
+    cluster.stop(StopMode::Fast);
+    // The same timeline, the same positions, other records: the archive has the first server's.
+    let mut twin = Cluster::with_data_dir("twin", &site.scratch, twin);
+    twin.start();
+    twin.query("delete from t");
+    let refused = site.waltide.fails(3, site.args(&twin, &["--type", "incremental"]));
+    assert!(refused.stderr.contains("it is of another history"), "{refused:?}");
+    assert_eq!(site.stored(&twin).backups().0.len(), 1);
+}
+
+#[test]
 fn a_parent_is_in_the_past_of_the_servers_timeline() {
     let site = Site::new("incremental-fork");
     let cluster = site.start(|b| b);

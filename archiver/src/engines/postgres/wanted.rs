@@ -210,4 +210,61 @@ mod tests {
         assert_eq!(find("base/5/deeper/1259"), None);
         assert_eq!(find("pg_tblspc/16400/77"), None);
     }
+
+    #[test]
+    fn what_no_record_tells_of_is_read_whole() {
+        let manifest = |files: &[(&str, u64)]| -> Vec<ManifestFile> {
+            let file = |(path, blocks): &(&str, u64)| ManifestFile {
+                path: (*path).to_owned(),
+                bytes: blocks * PAGE,
+                mode: 0o600,
+                modified: 0,
+                extents: vec![],
+            };
+            files.iter().map(file).collect()
+        };
+        let source = |path: &str| SourceFile {
+            path: path.to_owned(),
+            source: path.into(),
+            inside_at: None,
+            bytes: 9 * PAGE,
+            mode: 0o600,
+            modified: 0,
+            relation: RelationSegment::parse(path.rsplit('/').next().unwrap()),
+        };
+        let mut parent = crate::testing::backup(1, 3, 0).head;
+        parent.files = manifest(&[
+            ("base/5/100", 9),
+            ("base/5/100_fsm", 9),
+            ("base/5/100_init", 9),
+            ("base/5/100_vm", 0),
+            ("base/5/100.1", 4),
+            ("base/5/pg_filenode.map", 9),
+            ("global/1260", 9),
+            ("pg_xact/0000", 9),
+        ]);
+        parent.damaged_pages = vec!["base/5/100.1:2".into(), "base/5/100.1:x".into(), "global/1260:1".into()];
+        let mut changed = ChangedBlocks::default();
+        touch_damaged(&parent, &mut changed, 1000);
+        let paths = parent.files.iter().map(|f| f.path.as_str()).chain(["base/5/200"]);
+        let files: Vec<SourceFile> = paths.map(source).collect();
+        let read =
+            files.iter().zip(select(&files, &parent, &changed, 1000)).map(|(file, (wanted, below))| {
+                assert_eq!(wanted == Wanted::Whole, below.is_none());
+                (file.path.as_str(), wanted.bytes(file.bytes) / PAGE)
+            });
+        let expected = [
+            ("base/5/100", 0),
+            ("base/5/100_fsm", 9),
+            ("base/5/100_init", 9),
+            ("base/5/100_vm", 9),
+            // What was damaged, and what lies behind the length it had.
+            ("base/5/100.1", 6),
+            ("base/5/pg_filenode.map", 9),
+            ("global/1260", 9),
+            ("pg_xact/0000", 9),
+            ("base/5/200", 9),
+        ];
+        assert_eq!(read.collect::<Vec<_>>(), expected);
+    }
 }
