@@ -10,6 +10,7 @@ mod chain;
 mod drill;
 pub mod engines;
 pub mod log;
+mod moment;
 mod plan;
 mod report;
 mod resolve;
@@ -20,11 +21,12 @@ mod verify;
 
 pub use chain::ProvedChain;
 pub use drill::{DrillReport, past_drills, random_seed, record_drill};
+pub use moment::{Happened, Loss, Moment, MomentRequest};
 pub use plan::{
     Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,
     reachable_windows,
 };
 pub use report::{html, summary, verdict_words};
-pub use resolve::{Events, LastCommit, Source, Stop, StopKind};
+pub use resolve::{Events, LastCommit, Lost, Source, Stop, StopKind};
 pub use target::{Goal, GoalError, Target, TargetAction, TargetTimeline};
 pub use verify::{Fault, FaultKind, Verification, Verify};

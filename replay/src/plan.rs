@@ -8,7 +8,7 @@ use waltide_format::archive::{
 };
 use waltide_format::{BackupId, Lsn, PgMajor, SegmentName, SystemId, TimelineId, TimestampTz};
 
-use crate::resolve::{LastCommit, Reading, Resolution, Source, Stop, StopKind};
+use crate::resolve::{LastCommit, Lost, Reading, Resolution, Source, Stop, StopKind};
 use crate::target::{Goal, GoalError, Target, TargetTimeline};
 
 /// Why there is no plan.
@@ -217,6 +217,8 @@ pub struct Plan {
     pub stop: Stop,
     /// The last commit that will be there, where the archive's WAL has it.
     pub last_commit: Option<LastCommit>,
+    /// What is archived behind that and will not be there.
+    pub lost: Option<Lost>,
     /// The segments, in order.
     pub segments: Vec<PlannedSegment>,
     /// Bytes of WAL from start to stop.
@@ -249,10 +251,10 @@ pub struct Window {
 }
 
 /// The backup that recovery could start from, along one line.
-struct Candidate<'a> {
-    entry: &'a BackupEntry,
-    line: Lineage,
-    run: Run<'a>,
+pub(crate) struct Candidate<'a> {
+    pub(crate) entry: &'a BackupEntry,
+    pub(crate) line: Lineage,
+    pub(crate) run: Run<'a>,
 }
 
 /// Finds the newest backup from which the goal can be reached, and everything that follows from it.
@@ -277,7 +279,7 @@ pub async fn plan<S: Source>(
             continue;
         }
         let (start, consistent) = (head.start_lsn, head.stop_lsn);
-        if let Target::Lsn(lsn) = goal.target
+        if let Some(lsn) = goal.target.lsn()
             && lsn <= head.checkpoint_lsn
         {
             refuse(format!("it ends later, at {consistent}"));
@@ -309,7 +311,8 @@ pub async fn plan<S: Source>(
             }
             Ok(stop) => {
                 let last = reading.last_commit(&candidate.run, stop.lsn).await.map_err(fail)?;
-                return Ok(make(catalog, goal, candidate, stop, last, rates));
+                let lost = reading.lost(&candidate.run, stop.lsn).await.map_err(fail)?;
+                return Ok(make(catalog, goal, candidate, stop, (last, lost), rates));
             }
         }
     }
@@ -317,7 +320,7 @@ pub async fn plan<S: Source>(
 }
 
 /// Every backup on the line that `timeline` means, newest first.
-fn candidates<'a>(
+pub(crate) fn candidates<'a>(
     catalog: &'a Catalog,
     timeline: TargetTimeline,
     backup: Option<&BackupId>,
@@ -361,7 +364,7 @@ fn candidates<'a>(
 
 impl Candidate<'_> {
     /// Whether the WAL that the backup itself needs is there.
-    fn usable(&self, catalog: &Catalog) -> Result<(), String> {
+    pub(crate) fn usable(&self, catalog: &Catalog) -> Result<(), String> {
         let head = &self.entry.head;
         match self.run.end() {
             Some(end) if end >= head.stop_lsn => Ok(()),
@@ -404,7 +407,7 @@ impl Candidate<'_> {
                 Ok(Stop { kind: StopKind::End, lsn: end, read_to: end, xid: None, time: None })
             }
             (Target::Time(_), Some(hole)) => Err(format!("its WAL ends at {end}: {hole}")),
-            (Target::Lsn(_), hole) => Err(match hole {
+            (Target::Lsn(_) | Target::Moment(_), hole) => Err(match hole {
                 Some(hole) => format!("its WAL ends at {end}: {hole}"),
                 None => format!("the archived WAL ends at {end}"),
             }),
@@ -454,12 +457,12 @@ fn unreachable(
 ) -> Unreachable {
     let windows: Vec<_> = candidates.iter().filter_map(Candidate::window).collect();
     // Of a transaction or a name that is nowhere, no moment is before or after.
-    let (ends, begins): (Vec<_>, Vec<_>) = match goal.target {
-        Target::Time(t) => (
+    let (ends, begins): (Vec<_>, Vec<_>) = match (&goal.target, goal.target.lsn()) {
+        (&Target::Time(t), _) => (
             windows.iter().filter(|w| w.to.time.is_some_and(|to| to < t)).collect(),
             windows.iter().filter(|w| w.from.time.is_some_and(|from| from >= t)).collect(),
         ),
-        Target::Lsn(lsn) => (
+        (_, Some(lsn)) => (
             windows.iter().filter(|w| w.to.lsn < lsn).collect(),
             windows.iter().filter(|w| w.from.lsn >= lsn).collect(),
         ),
@@ -494,9 +497,11 @@ fn unreachable(
 /// Another timeline that reaches the target, as far as positions and times can tell.
 fn elsewhere(catalog: &Catalog, goal: &Goal, candidates_here: &[Candidate<'_>]) -> Option<String> {
     let here: Vec<_> = candidates_here.iter().map(|c| c.line.timeline).collect();
-    let reaches = |w: &Window| match goal.target {
-        Target::Time(t) => w.from.time.is_some_and(|from| from <= t) && w.to.time.is_some_and(|to| t <= to),
-        Target::Lsn(lsn) => w.from.lsn <= lsn && lsn <= w.to.lsn,
+    let reaches = |w: &Window| match (&goal.target, goal.target.lsn()) {
+        (&Target::Time(t), _) => {
+            w.from.time.is_some_and(|from| from <= t) && w.to.time.is_some_and(|to| t <= to)
+        }
+        (_, Some(lsn)) => w.from.lsn <= lsn && lsn <= w.to.lsn,
         _ => false,
     };
     let others = catalog.timelines().into_iter().rev().filter(|t| !here.contains(t));
@@ -512,7 +517,7 @@ fn make(
     goal: &Goal,
     candidate: &Candidate<'_>,
     stop: Stop,
-    last_commit: Option<LastCommit>,
+    (last_commit, lost): (Option<LastCommit>, Option<Lost>),
     rates: Rates,
 ) -> Plan {
     let head = &candidate.entry.head;
@@ -552,6 +557,9 @@ fn make(
                 .push(format!("{count} segments have a restore point {name:?}; recovery stops at the first"));
         }
     }
+    if let Target::Moment(moment) = &goal.target {
+        notes.extend(moment.told());
+    }
     if !head.damaged_pages.is_empty() {
         let count = head.damaged_pages.len();
         notes.push(format!("{count} pages had a wrong checksum when backup {} was made", head.id));
@@ -579,6 +587,7 @@ fn make(
         timeline: candidate.line.timeline,
         lineage: candidate.line.clone(),
         last_commit,
+        lost,
         wal_bytes,
         wal_stored_bytes: segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored_bytes)),
         segments,
@@ -621,6 +630,7 @@ fn settings(
         (Target::Time(time), _) => set("recovery_target_time", time.to_string()),
         (Target::Xid(xid), _) => set("recovery_target_xid", xid.to_string()),
         (Target::Lsn(lsn), _) => set("recovery_target_lsn", lsn.to_string()),
+        (Target::Moment(moment), _) => set("recovery_target_lsn", moment.lsn.to_string()),
         (Target::Name(name), _) => set("recovery_target_name", name.clone()),
     }
     set("recovery_target_inclusive", if inclusive { "on" } else { "off" }.to_owned());
@@ -651,6 +661,13 @@ impl fmt::Display for Plan {
         writeln!(f)?;
         if let Some(last) = &self.last_commit {
             writeln!(f, "contains  transaction {} of {} as the last", last.xid, last.time)?;
+        }
+        if let Some(Lost { transactions, first_time, last_time, .. }) = self.lost {
+            write!(f, "leaves    {transactions} archived ")?;
+            match transactions {
+                1 => writeln!(f, "transaction behind, of {first_time}")?,
+                _ => writeln!(f, "transactions behind, of {first_time} to {last_time}")?,
+            }
         }
         writeln!(
             f,

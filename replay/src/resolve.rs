@@ -96,6 +96,19 @@ pub struct LastCommit {
     pub lsn: Lsn,
 }
 
+/// What is archived behind the place where recovery stops, and will not be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// Transactions that committed.
+    pub transactions: u64,
+    /// When the first of them did.
+    pub first_time: TimestampTz,
+    /// When the last of them did.
+    pub last_time: TimestampTz,
+    /// End of the last one's record.
+    pub last_lsn: Lsn,
+}
+
 /// What a search along one backup's WAL found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Resolution {
@@ -162,6 +175,18 @@ impl<'a, S: Source> Reading<'a, S> {
             Target::Latest => stops(plain(StopKind::End, end)),
             Target::Immediate => stops(plain(StopKind::Consistent, consistent)),
             Target::Lsn(lsn) => self.resolve_lsn(run, start.max(*lsn), *lsn, end, goal.inclusive).await,
+            Target::Moment(moment) => {
+                let lsn = moment.lsn;
+                let found = self.resolve_lsn(run, start.max(lsn), lsn, end, goal.inclusive).await?;
+                Ok(match found {
+                    Resolution::Stops(stop) => Resolution::Stops(Stop {
+                        xid: (lsn == moment.commit_lsn).then_some(moment.xid),
+                        time: Some(moment.time),
+                        ..stop
+                    }),
+                    Resolution::NotFound => Resolution::NotFound,
+                })
+            }
             Target::Time(_) | Target::Xid(_) | Target::Name(_) => {
                 let parts = parts(run, start, &goal.target, goal.inclusive);
                 let found = self.first(run, parts, |step, events| {
@@ -240,6 +265,62 @@ impl<'a, S: Source> Reading<'a, S> {
     }
 }
 
+impl<S: Source> Reading<'_, S> {
+    /// What committed behind `stop`, as far as the run goes; `None` for nothing. Only the segments at both ends are
+    /// looked into: of those between, the catalogue knows the number.
+    pub(crate) async fn lost(&self, run: &Run<'_>, stop: Lsn) -> Result<Option<Lost>, S::Error> {
+        let after = |part: &Part| {
+            let (Part::Segment(i) | Part::Straddler(i)) = part;
+            run.steps
+                .get(*i)
+                .is_some_and(|s| s.entry.info.name.end(s.entry.info.size).is_some_and(|e| e > stop))
+        };
+        let has_commits =
+            |i: &usize| run.steps.get(*i).is_some_and(|s| s.entry.info.last_commit_time.is_some());
+        let segments = (0..run.steps.len()).filter(has_commits).map(Part::Segment);
+        let parts = in_order(segments.chain(straddlers(run)).filter(after).collect());
+        let Some(end) = run.end() else { return Ok(None) };
+        // One that runs over an edge may be in the later segment's index only, where its number does not count it.
+        let brings = |i: usize| {
+            let before = i.checked_sub(1).and_then(|i| run.steps.get(i));
+            before.is_some_and(|b| b.entry.info.pending.is_some_and(|p| !p.joined))
+        };
+        let mut lost: Option<Lost> = None;
+        for (number, part) in parts.iter().enumerate() {
+            let (Part::Segment(i) | Part::Straddler(i)) = part;
+            let Some(step) = run.steps.get(*i) else { continue };
+            let whole = step.start() >= stop && step.usable_end >= step.entry.info.valid_end;
+            // One record can be cut off by the run's end: of the last two segments one has the last that is not.
+            let inner = lost.is_some() && number.saturating_add(2) < parts.len();
+            if inner && whole && matches!(part, Part::Segment(_)) && !brings(*i) {
+                lost = lost.map(|l| Lost {
+                    transactions: l.transactions.saturating_add(step.entry.info.commits),
+                    ..l
+                });
+                continue;
+            }
+            let (_, events) = self.part(&run.steps, *part).await?;
+            let behind = |x: &&XactEnd| {
+                x.kind.is_commit() && x.start >= stop && x.end <= end && x.start < step.usable_end
+            };
+            for commit in events.xacts.iter().filter(behind) {
+                let known = lost.unwrap_or(Lost {
+                    transactions: 0,
+                    first_time: commit.time,
+                    last_time: commit.time,
+                    last_lsn: commit.end,
+                });
+                let begins = matches!(part, Part::Straddler(_)) || commit.start >= step.start() || brings(*i);
+                let transactions = known.transactions.saturating_add(u64::from(begins));
+                let last_time = if commit.end >= known.last_lsn { commit.time } else { known.last_time };
+                let last_lsn = known.last_lsn.max(commit.end);
+                lost = Some(Lost { transactions, last_time, last_lsn, ..known });
+            }
+        }
+        Ok(lost)
+    }
+}
+
 /// The parts of a run that can hold the target, in LSN order.
 fn parts(run: &Run<'_>, start: Lsn, target: &Target, inclusive: bool) -> Vec<Part> {
     let matters = |entry: &SegmentEntry| match target {
@@ -256,7 +337,11 @@ fn parts(run: &Run<'_>, start: Lsn, target: &Target, inclusive: bool) -> Vec<Par
     let segments = (0..run.steps.len()).filter(after_start);
     let segments =
         segments.filter(|i| run.steps.get(*i).is_some_and(|s| matters(s.entry))).map(Part::Segment);
-    let mut parts: Vec<_> = segments.chain(straddlers(run)).collect();
+    in_order(segments.chain(straddlers(run)).collect())
+}
+
+/// The parts in the order of the log.
+fn in_order(mut parts: Vec<Part>) -> Vec<Part> {
     parts.sort_by_key(|p| match p {
         Part::Segment(i) => (*i, 0),
         Part::Straddler(i) => (*i, 1),
@@ -296,6 +381,6 @@ pub(crate) fn first_stop(events: &Events, from: Lsn, until: Lsn, end: Lsn, goal:
             let (_, time, _, lsn) = points.find(|(n, _, start, end)| n == name && here(*start, *end))?;
             Some(Stop { kind: StopKind::After, lsn: *lsn, read_to: *lsn, xid: None, time: Some(*time) })
         }
-        Target::Latest | Target::Immediate | Target::Lsn(_) => None,
+        Target::Latest | Target::Immediate | Target::Lsn(_) | Target::Moment(_) => None,
     }
 }

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize, Serializer};
 use waltide_format::{Lsn, TimelineId, TimestampTz, Xid};
 
+use crate::moment::Moment;
+
 /// A moment in the life of a cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "kind", content = "value")]
@@ -22,6 +24,19 @@ pub enum Target {
     Lsn(Lsn),
     /// `recovery_target_name`.
     Name(String),
+    /// Before a table was dropped or emptied: `recovery_target_lsn`, exclusive.
+    Moment(Box<Moment>),
+}
+
+impl Target {
+    /// The position that is compared, where it is one.
+    pub fn lsn(&self) -> Option<Lsn> {
+        match self {
+            Self::Lsn(lsn) => Some(*lsn),
+            Self::Moment(moment) => Some(moment.lsn),
+            _ => None,
+        }
+    }
 }
 
 /// Along which timeline.
@@ -79,6 +94,11 @@ impl Goal {
         Self { target, inclusive: true, timeline: TargetTimeline::Latest, action: TargetAction::Promote }
     }
 
+    /// A moment before something happened: what stands there is left out.
+    pub fn before(moment: Moment) -> Self {
+        Self { inclusive: false, ..Self::new(Target::Moment(Box::new(moment))) }
+    }
+
     /// Whether the parts belong together.
     pub fn check(&self) -> Result<(), GoalError> {
         match &self.target {
@@ -102,13 +122,15 @@ impl fmt::Display for Target {
             Self::Xid(xid) => write!(f, "transaction {xid}"),
             Self::Lsn(lsn) => write!(f, "LSN {lsn}"),
             Self::Name(name) => write!(f, "restore point {name:?}"),
+            Self::Moment(moment) => write!(f, "{moment}"),
         }
     }
 }
 
 impl fmt::Display for Goal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let exclusive = if self.inclusive { "" } else { ", exclusive" };
+        let says_it = self.inclusive || matches!(self.target, Target::Moment(_));
+        let exclusive = if says_it { "" } else { ", exclusive" };
         write!(f, "{}{exclusive}", self.target)
     }
 }

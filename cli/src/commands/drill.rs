@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use waltide_format::archive::{Catalog, DrillOutcome, DrillRecord, DrillVerdict};
 use waltide_replay::engines::postgres::{DrillRequest, DrillSource, drill, random_targets};
 use waltide_replay::{
-    DrillReport, Goal, Rates, Target, TargetAction, html, past_drills, random_seed, record_drill, summary,
+    DrillReport, Goal, Rates, TargetAction, html, past_drills, random_seed, record_drill, summary,
     verdict_words,
 };
 use waltide_storage::Archive;
@@ -86,8 +86,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
 async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
     let began = Instant::now();
     let (archive, layout) = (context.archive().await?, context.layout()?);
-    let goal = Goal { action: TargetAction::Promote, ..args.target.goal()? };
-    let catalog = settled_catalog(context, &archive, &goal, args.random.is_some()).await?;
+    args.target.check()?;
+    let to_the_end = args.random.is_none() && args.target.is_open_ended()?;
+    let catalog = settled_catalog(context, &archive, to_the_end).await?;
     let names = layout.system(catalog.system.system_id);
     let history = past_drills(&archive, &names, HISTORY).await?;
     let backup = match &args.backup {
@@ -105,7 +106,10 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
                 Failure::from(e).status(status)
             })?
         }
-        None => vec![goal],
+        None => {
+            let goal = args.target.goal(&archive, &layout, &catalog).await?;
+            vec![Goal { action: TargetAction::Promote, ..goal }]
+        }
     };
     let progress = context.progress();
     let mut done: Vec<DrillRecord> = Vec::new();
@@ -155,17 +159,11 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
 }
 
 /// The catalogue, once it has no hole, or the hole has lasted: what is shipped side by side arrives out of order.
-async fn settled_catalog(
-    context: &Context,
-    archive: &Archive,
-    goal: &Goal,
-    random: bool,
-) -> Result<Catalog, Failure> {
+async fn settled_catalog(context: &Context, archive: &Archive, to_the_end: bool) -> Result<Catalog, Failure> {
     let layout = context.layout()?;
     let began = Instant::now();
     loop {
         let catalog = context.catalog(archive, &layout).await?;
-        let to_the_end = !random && matches!(goal.target, Target::Latest | Target::Time(_));
         if !to_the_end || catalog.gaps().is_empty() || began.elapsed() > SETTLE {
             return Ok(catalog);
         }

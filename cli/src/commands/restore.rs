@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind};
+use waltide_format::engines::postgres::catalogue::TablePattern;
 use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
 use waltide_replay::engines::postgres::{
-    Actions, ArchivedIndexes, Outcome, Owner, Restore, RestoreError, RestoreOptions, Restored, Server,
-    made_tablespaces, restore_command,
+    Actions, ArchivedIndexes, MomentError, Outcome, Owner, Restore, RestoreError, RestoreOptions, Restored,
+    Server, find_moment, made_tablespaces, restore_command,
 };
-use waltide_replay::{Goal, Plan, PlanError, Rates, Target, TargetAction, TargetTimeline, plan};
+use waltide_replay::{
+    Goal, Loss, MomentRequest, Plan, PlanError, Rates, Target, TargetAction, TargetTimeline, plan,
+};
 use waltide_storage::Archive;
 
 use crate::context::Context;
@@ -83,6 +86,15 @@ pub(crate) struct GoalArgs {
     /// To just before the end of a transaction
     #[arg(long, group = "moment", value_name = "XID")]
     before_xid: Option<Xid>,
+    /// To just before a table was dropped: table, schema.table or database.schema.table, as in SQL
+    #[arg(long, group = "moment", value_name = "TABLE")]
+    before_drop: Option<TablePattern>,
+    /// To just before a table was truncated
+    #[arg(long, group = "moment", value_name = "TABLE")]
+    before_truncate: Option<TablePattern>,
+    /// Of --before-drop and --before-truncate: the last time it happened by then [default: the last time of all]
+    #[arg(long, value_name = "TIME", value_parser = time, conflicts_with_all = ["target_time", "timestamp", "target_xid", "before_xid", "target_lsn", "target_name", "target"])]
+    until: Option<TimestampTz>,
     /// To an LSN
     #[arg(long, group = "moment", visible_alias = "recovery-target-lsn", value_name = "LSN")]
     target_lsn: Option<Lsn>,
@@ -122,8 +134,54 @@ fn unix_time(text: &str) -> Result<TimestampTz, String> {
 }
 
 impl GoalArgs {
-    /// The target that was asked for.
-    pub(crate) fn goal(&self) -> Result<Goal, Failure> {
+    /// The moment that was asked for by a table's name, if it was.
+    fn moment(&self) -> Result<Option<MomentRequest>, Failure> {
+        let (loss, table) = match (&self.before_drop, &self.before_truncate) {
+            (Some(table), _) => (Loss::Drop, table),
+            (None, Some(table)) => (Loss::Truncate, table),
+            (None, None) if self.until.is_some() => {
+                return Err(Failure::usage("--until goes with --before-drop or --before-truncate"));
+            }
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(MomentRequest { loss, table: table.clone(), until: self.until }))
+    }
+
+    /// Refuses what contradicts itself, before anything is looked at.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        match self.moment()? {
+            Some(_) => Ok(()),
+            None => self.plain_goal().map(|_| ()),
+        }
+    }
+
+    /// Whether what is archived last matters to the target.
+    pub(crate) fn is_open_ended(&self) -> Result<bool, Failure> {
+        Ok(self.moment()?.is_some() || matches!(self.plain_goal()?.target, Target::Latest | Target::Time(_)))
+    }
+
+    /// The target that was asked for, looked for in the archive where it is named by a table.
+    pub(crate) async fn goal(
+        &self,
+        archive: &Archive,
+        layout: &Layout,
+        catalog: &Catalog,
+    ) -> Result<Goal, Failure> {
+        let Some(request) = self.moment()? else { return self.plain_goal() };
+        let found = find_moment(archive, layout, catalog, self.target_timeline, &request).await;
+        let moment = found.map_err(|e| {
+            let status = match &e {
+                MomentError::Plan(e) => plan_status(e),
+                MomentError::Ambiguous { .. } => 2,
+                MomentError::Names(_) if e.is_damage() => 3,
+                MomentError::Names(_) | MomentError::NotFound { .. } => 1,
+            };
+            Failure::from(e).status(status)
+        })?;
+        Ok(Goal { timeline: self.target_timeline, action: self.target_action, ..Goal::before(moment) })
+    }
+
+    fn plain_goal(&self) -> Result<Goal, Failure> {
         let time = self.target_time.or(self.timestamp).map(Target::Time);
         let xid = self.target_xid.or(self.before_xid).map(Target::Xid);
         let name = self.target_name.clone().map(Target::Name);
@@ -154,9 +212,10 @@ struct Answer<'a> {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
-    let goal = args.goal.goal()?;
+    args.goal.check()?;
     let (archive, layout) = (context.archive().await?, context.layout()?);
     let catalog = context.catalog(&archive, &layout).await?;
+    let goal = args.goal.goal(&archive, &layout, &catalog).await?;
     let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
     let made = made_tablespaces(&archive, &catalog, &plan).await;
     let made = made.map_err(|e| {
@@ -223,12 +282,16 @@ pub(crate) async fn make_plan(
     let rates = measured_rates(archive, layout, catalog).await;
     let source = ArchivedIndexes::new(archive.clone());
     plan(catalog, goal, backup, rates, &source).await.map_err(|e| {
-        let status = match e {
-            PlanError::Goal(_) | PlanError::UnknownBackup { .. } | PlanError::NoTimeline { .. } => 2,
-            PlanError::NoBackup { .. } | PlanError::Unreachable(_) | PlanError::Source(_) => 3,
-        };
+        let status = plan_status(&e);
         Failure::from(e).status(status)
     })
+}
+
+const fn plan_status(e: &PlanError) -> u8 {
+    match e {
+        PlanError::Goal(_) | PlanError::UnknownBackup { .. } | PlanError::NoTimeline { .. } => 2,
+        PlanError::NoBackup { .. } | PlanError::Unreachable(_) | PlanError::Source(_) => 3,
+    }
 }
 
 /// How fast the last drills were. An archive without any, or with ones that cannot be read, has none.

@@ -326,6 +326,15 @@ proptest! {
                 let mut commits = world.records.iter().filter(known).filter(|r| r.what == What::Commit);
                 let last = commits.rfind(|r| r.end <= at);
                 prop_assert_eq!(plan.last_commit.map(|c| c.lsn), last.map(|r| lsn(r.end)));
+                let line = world.catalog.lineage(timeline(1));
+                let end = world.catalog.run(&line, plan.start_lsn).end().unwrap();
+                let behind = |r: &&Rec| r.what == What::Commit && r.start >= at && lsn(r.end) <= end;
+                let behind: Vec<_> = world.records.iter().filter(behind).collect();
+                prop_assert_eq!(plan.lost.map_or(0, |l| l.transactions), behind.len() as u64);
+                let times = |l: Lost| (l.first_time, l.last_time, l.last_lsn);
+                let expected = behind.first().zip(behind.last());
+                let expected = expected.map(|(f, l)| (moment(f.time), moment(l.time), lsn(l.end)));
+                prop_assert_eq!(plan.lost.map(times), expected);
             }
             (Err(PlanError::Unreachable(why)), None) => {
                 if let (Some(before), Target::Time(t)) = (&why.before, &goal.target) {

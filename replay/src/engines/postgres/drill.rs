@@ -282,6 +282,7 @@ impl Drill<'_> {
         self.checks.begin();
         self.check_position(&client, &plan).await?;
         self.check_commits(&client, &plan, beyond.as_ref()).await?;
+        self.end_prepared(&server, &client, &plan).await?;
         drop(client);
         for check in &self.request.checks {
             self.check_sql(&server, check).await;
@@ -494,6 +495,28 @@ impl Drill<'_> {
             let fault = DrillVerdict::ArchiveAtFault;
             self.checks.hold("its commit time is that of the index", found == expected, detail, fault);
         }
+        Ok(())
+    }
+
+    /// Rolls back the prepared transaction whose commit the target leaves out: it keeps its tables locked, and no check
+    /// could look at them.
+    async fn end_prepared(
+        &mut self,
+        server: &ScratchServer,
+        client: &Client,
+        plan: &Plan,
+    ) -> Result<(), DrillError> {
+        let Target::Moment(moment) = &plan.goal.target else { return Ok(()) };
+        let xid = moment.xid;
+        let sql = format!(
+            "select quote_literal(gid), database::text from pg_prepared_xacts where transaction = '{xid}'::xid"
+        );
+        let Some(row) = client.query_opt(&sql, &[]).await? else { return Ok(()) };
+        let (gid, database): (String, String) = (row.get(0), row.get(1));
+        let timeout = self.request.statement_timeout;
+        let there = server.connect(&database, &self.request.user, timeout).await?;
+        there.simple_query(&format!("rollback prepared {gid}")).await?;
+        self.record.notes.push(format!("before the checks, ROLLBACK PREPARED {gid} ended transaction {xid}"));
         Ok(())
     }
 

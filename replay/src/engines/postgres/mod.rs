@@ -3,9 +3,11 @@
 mod conf_file;
 mod drill;
 mod fetch;
+mod find_moment;
 mod indexes;
 mod install;
 pub(crate) mod merged;
+mod names;
 mod pages;
 mod queue;
 pub mod redo;
@@ -19,8 +21,10 @@ pub(crate) mod verify;
 
 pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
+pub use find_moment::{MomentError, Searched, find_moment};
 pub use indexes::{ArchivedIndexes, SearchError};
 pub use install::{InstallError, Installation, ServerUser};
+pub use names::{Followed, NamesError, follow};
 pub use queue::{ReadAhead, Wanted};
 pub use restore::{
     Actions, Deletion, Owner, PlaceError, Placed, Restore, RestoreError, RestoreOptions, Restored,

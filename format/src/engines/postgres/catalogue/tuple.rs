@@ -66,9 +66,10 @@ pub struct HeapTuple {
     pub xmin: Xid,
     /// What is known of that transaction.
     pub xmin_hint: Hint,
-    /// The transaction that deleted or replaced it; none where it was only locked, or by several.
+    /// The transaction that deleted or replaced it; none where it was only locked, or by several, or where that is
+    /// known not to have committed.
     pub xmax: Option<Xid>,
-    /// What is known of that transaction.
+    /// What else is known of that transaction.
     pub xmax_hint: Hint,
     /// The columns: what lies behind the header, the null bitmap and the padding.
     pub body: Vec<u8>,
@@ -96,12 +97,8 @@ impl HeapTuple {
             (false, true) => Hint::Aborted,
             (false, false) => Hint::Unknown,
         };
-        let ended = !Xid::is_invalid(xmax) && !has(XMAX_LOCK_ONLY) && !has(XMAX_IS_MULTI);
-        let xmax_hint = match (has(XMAX_COMMITTED), has(XMAX_INVALID)) {
-            (_, true) => Hint::Aborted,
-            (true, false) => Hint::Committed,
-            (false, false) => Hint::Unknown,
-        };
+        let ended = !Xid::is_invalid(xmax) && infomask & (XMAX_LOCK_ONLY | XMAX_IS_MULTI | XMAX_INVALID) == 0;
+        let xmax_hint = if ended && has(XMAX_COMMITTED) { Hint::Committed } else { Hint::Unknown };
         Ok(Self { xmin, xmin_hint, xmax: ended.then_some(xmax), xmax_hint, body: r.rest().to_vec() })
     }
 }
@@ -196,7 +193,7 @@ mod tests {
         assert_eq!(
             told,
             [
-                (1, 700, Committed, None, Aborted, b"first row".as_slice()),
+                (1, 700, Committed, None, Unknown, b"first row".as_slice()),
                 (3, 701, Unknown, Some(702), Unknown, b"second"),
                 (4, 3, Committed, None, Unknown, b"frozen and locked"),
                 (5, 704, Aborted, None, Unknown, b"undone"),

@@ -1,6 +1,7 @@
 //! Carries a plan out: files out of packs, recovery's settings, and pg_control last, without which no server
 //! starts on what an interrupted restore left.
 
+mod backup_files;
 mod conf;
 mod pieces;
 mod place;
@@ -25,6 +26,7 @@ use super::queue::ReadAhead;
 use crate::plan::Plan;
 use pieces::Piece;
 
+pub(crate) use backup_files::BackupFiles;
 pub use conf::restore_command;
 pub use place::{Deletion, Owner, PlaceError, Placed};
 
@@ -337,8 +339,7 @@ impl Restore {
     }
 
     fn damaged(&self, path: Option<&str>, source: Corrupt) -> RestoreError {
-        let path = path.map_or_else(|| self.layout.manifest(&self.plan.backup), str::to_owned);
-        RestoreError::Damaged { path, backup: self.plan.backup.clone(), source }
+        backup_files::damaged(&self.layout, &self.plan.backup, path, source)
     }
 
     /// Leaves out, in a delta, what the files have already, and puts zeros where they belong.
@@ -418,19 +419,8 @@ impl Restore {
     async fn control_file(&self, pieces: Vec<Piece>) -> Result<Vec<u8>, RestoreError> {
         let file = self.manifest.files.iter().find(|f| f.path == CONTROL_FILE);
         let bytes = file.map_or(0, |f| f.bytes).min(1 << 16);
-        let mut contents = vec![0; usize::try_from(bytes).unwrap_or(0)];
-        for job in pieces::jobs(pieces, &self.maps).map_err(|source| self.damaged(None, source))? {
-            let path = self.layout.pack(&job.pack);
-            let stored = self.archive.get_range(&path, job.range.clone()).await?;
-            for piece in &job.pieces {
-                let raw = write::frame(&stored, &job, piece).map_err(|e| self.damaged(Some(&path), e))?;
-                let at = usize::try_from(piece.file_offset()).unwrap_or(usize::MAX);
-                let to = at.saturating_add(raw.len());
-                if let Some(place) = contents.get_mut(at..to) {
-                    place.copy_from_slice(&raw);
-                }
-            }
-        }
+        let (archive, layout, id) = (&self.archive, &self.layout, &self.plan.backup);
+        let contents = backup_files::contents(archive, layout, id, &self.maps, pieces, bytes).await?;
         let decoded = waltide_format::engines::postgres::cluster::ControlFile::decode(&contents);
         match decoded {
             Ok(control) if control.system_id == self.plan.system_id => Ok(contents),

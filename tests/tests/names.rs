@@ -1,0 +1,268 @@
+//! Tables are found by their names at the moment before they were lost, and come back with exactly their rows.
+
+use std::path::Path;
+
+use serde_json::Value;
+use waltide_tests::workload::Journal;
+use waltide_tests::{Cluster, Scratch, StopMode, Waltide};
+
+/// An archive, a cluster that ships to it, and the binaries.
+struct Site {
+    scratch: Scratch,
+    waltide: Waltide,
+    cluster: Cluster,
+    journal: Journal,
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+impl Site {
+    fn new(label: &str) -> Self {
+        let scratch = Scratch::new(label);
+        let waltide = Waltide::new(&scratch).archive(scratch.dir("archive")).cluster("main");
+        let builder = Cluster::builder("db").scratch(&scratch).segment_mb(1);
+        let builder =
+            builder.setting("track_commit_timestamp", "on").setting("max_prepared_transactions", "5");
+        let mut cluster = builder.archive_command(&waltide.archive_command()).create();
+        waltide.ok(["init", "--data-dir", text(cluster.data_dir())]);
+        cluster.start();
+        let journal = Journal::create(&cluster);
+        Self { scratch, waltide, cluster, journal }
+    }
+
+    fn backup(&self) {
+        self.waltide.ok(["backup", "--type", "full", "--data-dir", text(self.cluster.data_dir())]);
+    }
+
+    /// Does something in one transaction of a database, between two rows of the journal: its xid, and the row before.
+    #[track_caller]
+    fn does(&mut self, db: &str, sql: &str) -> (u64, u64) {
+        let before = self.journal.step(&self.cluster, sql).id;
+        let transaction = format!("begin; select pg_current_xact_id(); {sql}; commit");
+        let answer = self.cluster.sql(db, &transaction).unwrap_or_else(|e| panic!("{e}"));
+        self.journal.step(&self.cluster, "after it");
+        (answer.lines().next().unwrap().parse().unwrap(), before)
+    }
+
+    fn sql(&self, db: &str, sql: &str) -> String {
+        self.cluster.sql(db, sql).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The plan for a target.
+    #[track_caller]
+    fn plan(&self, arguments: &[&str]) -> Value {
+        let place = self.scratch.fresh_path("planned");
+        // Nothing is cleared: it is where a tablespace that the WAL makes lies.
+        let base = ["restore", "--dry-run", "--allow-clear", "--data-dir", text(&place)];
+        self.waltide.json([&base[..], arguments].concat())["plan"].take()
+    }
+
+    #[track_caller]
+    fn assert_moment(&self, arguments: &[&str], table: &str, xid: u64) -> Value {
+        let plan = self.plan(arguments);
+        let moment = &plan["goal"]["target"]["value"];
+        assert_eq!((&moment["table"], &moment["xid"]), (&table.into(), &xid.to_string().into()), "{plan:#}");
+        assert_eq!(plan["stop"]["kind"], "before");
+        assert_eq!(plan["stop"]["lsn"], moment["lsn"]);
+        assert_eq!(plan["stop"]["time"], moment["time"]);
+        plan
+    }
+
+    /// Restores to a target and starts the server.
+    #[track_caller]
+    fn restored(&self, name: &str, arguments: &[&str]) -> Cluster {
+        let data_dir = self.scratch.fresh_path(name);
+        let base = ["restore", "--archive-mode", "off", "--data-dir", text(&data_dir)];
+        self.waltide.ok([&base[..], arguments].concat());
+        let mut cluster = Cluster::with_data_dir(name, &self.scratch, &data_dir);
+        cluster.start();
+        cluster.wait_promoted();
+        cluster
+    }
+}
+
+#[test]
+fn what_was_lost_is_found_by_name_and_comes_back_with_its_rows() {
+    let mut site = Site::new("names-lost");
+    site.sql("postgres", "create table orders as select i, i * 7 as v from generate_series(1, 900) i");
+    site.sql("postgres", "create table counters as select i from generate_series(1, 50) i");
+    site.sql(
+        "postgres",
+        "create schema app; create table app.a as select 1 as x; create table app.b as select 2 as x",
+    );
+    site.sql("postgres", "create database crm");
+    site.sql("crm", "create table orders as select i from generate_series(1, 20) i");
+    site.backup();
+
+    site.sql("postgres", "insert into orders select i, i from generate_series(1000, 1100) i");
+    let orders = site.sql("postgres", "select count(*), sum(v) from orders");
+    let (dropped, before_dropped) = site.does("postgres", "drop table orders");
+    site.sql("postgres", "delete from counters where i % 2 = 0");
+    let (truncated, before_truncated) = site.does("postgres", "truncate counters");
+    site.sql("postgres", "insert into counters values (1)");
+    let (schema, _) = site.does("postgres", "drop schema app cascade");
+    // What is made after the backup, renamed, rewritten, dropped, and made again.
+    site.sql(
+        "postgres",
+        "create schema \"New One\"; create table \"New One\".\"Mixed.Case\" as select 1 as x",
+    );
+    site.sql("postgres", "alter table \"New One\".\"Mixed.Case\" add y int default random()");
+    site.sql("postgres", "vacuum full \"New One\".\"Mixed.Case\"");
+    site.sql("postgres", "alter table \"New One\".\"Mixed.Case\" rename to second");
+    let (renamed, _) = site.does("postgres", "drop table \"New One\".second");
+    site.sql("postgres", "create table again as select 1 as x");
+    let (first, _) = site.does("postgres", "savepoint a; drop table again; release a");
+    let between = site.journal.step(&site.cluster, "between the two").committed_at;
+    site.sql("postgres", "create table again as select 2 as x");
+    site.sql("postgres", "begin; drop table again; rollback");
+    site.sql(
+        "postgres",
+        "begin; savepoint a; drop table again; rollback to a; insert into again values (3); commit",
+    );
+    let (second, _) = site.does("postgres", "drop table again");
+    // Not in a transaction block.
+    let before_database = site.journal.step(&site.cluster, "before the database goes").id;
+    site.sql("postgres", "drop database crm");
+    site.journal.step(&site.cluster, "after it");
+    site.cluster.archive_all();
+
+    let orders_name = "postgres.public.orders";
+    let plan = site.assert_moment(&["--before-drop", orders_name], orders_name, dropped);
+    let lost = &plan["lost"];
+    assert!(lost["transactions"].as_u64().unwrap() > 15, "{lost:#}");
+    assert!(lost["first_time"].as_str() <= lost["last_time"].as_str());
+    site.assert_moment(&["--before-truncate", "COUNTERS"], "postgres.public.counters", truncated);
+    let plan = site.assert_moment(&["--before-drop", "app.b"], "postgres.app.b", schema);
+    assert_eq!(plan["goal"]["target"]["value"]["also"], serde_json::json!(["postgres.app.a"]));
+    site.assert_moment(&["--before-drop", "\"New One\".second"], "postgres.\"New One\".second", renamed);
+    let plan = site.assert_moment(&["--before-drop", "again"], "postgres.public.again", second);
+    let others = &plan["goal"]["target"]["value"]["others"];
+    assert_eq!((others.as_array().unwrap().len(), &others[0]["xid"]), (1, &first.to_string().into()));
+    site.assert_moment(&["--before-drop", "again", "--until", &between], "postgres.public.again", first);
+    let plan = site.plan(&["--before-drop", "crm.public.orders"]);
+    assert_eq!(plan["goal"]["target"]["value"]["with_database"], true, "{plan:#}");
+    assert!(plan["stop"]["xid"].is_null(), "it begins before the transaction's end");
+
+    let refused = |status, arguments: &[&str]| {
+        let all = [&["restore", "--data-dir", "/nonexistent/dir"][..], arguments].concat();
+        site.waltide.fails(status, all).stderr
+    };
+    let several = refused(2, &["--before-drop", "public.orders", "--until", "2099-01-01 00:00Z"]);
+    assert!(
+        several.contains("postgres.public.orders, by transaction") && several.contains("crm.public.orders"),
+        "{several}"
+    );
+    let former = refused(1, &["--before-drop", "\"Mixed.Case\""]);
+    assert!(
+        former.contains("\"Mixed.Case\" was renamed to postgres.\"New One\".second by transaction"),
+        "{former}"
+    );
+    assert!(former.contains("searched: "), "{former}");
+    let rewritten = refused(1, &["--before-truncate", "second"]);
+    assert!(rewritten.contains("does not say that a table second was truncated"), "{rewritten}");
+    let alike = refused(1, &["--before-drop", "agian"]);
+    assert!(alike.contains("dropped under a name like it: postgres.public.again"), "{alike}");
+    let there = refused(1, &["--before-drop", "journal"]);
+    assert!(there.contains("postgres.public.journal is there where the archived WAL ends"), "{there}");
+    assert!(refused(2, &["--before-drop", "a.b.c.d"]).contains("names no table"));
+    assert!(refused(2, &["--until", "2099-01-01 00:00Z"]).contains("--until goes with --before-drop"));
+
+    let mut cluster = site.restored("dropped", &["--before-drop", "postgres.public.orders"]);
+    assert_eq!(cluster.query("select count(*), sum(v) from orders"), orders);
+    site.journal.assert_exactly_up_to(&cluster, before_dropped);
+    cluster.stop(StopMode::Fast);
+    let mut cluster = site.restored("truncated", &["--before-truncate", "counters"]);
+    assert_eq!(cluster.query("select count(*) from counters"), "25");
+    site.journal.assert_exactly_up_to(&cluster, before_truncated);
+    cluster.stop(StopMode::Fast);
+    let mut cluster = site.restored("database", &["--before-drop", "crm.public.orders"]);
+    assert_eq!(cluster.sql("crm", "select count(*) from orders").unwrap(), "20");
+    site.journal.assert_exactly_up_to(&cluster, before_database);
+    cluster.stop(StopMode::Fast);
+}
+
+#[test]
+fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
+    let mut site = Site::new("names-moved");
+    site.sql("postgres", "vacuum full pg_namespace");
+    site.sql("postgres", "create database template");
+    site.sql("template", "create schema s; create table s.t as select i from generate_series(1, 30) i");
+    site.sql("template", "vacuum full pg_class");
+    site.sql("postgres", "create table precious as select i from generate_series(1, 40) i");
+    site.sql("postgres", "create table parent (i int) partition by range (i)");
+    site.sql("postgres", "create table part_1 partition of parent for values from (0) to (10)");
+    site.backup();
+
+    site.sql("postgres", "create schema late; create table late.t as select i from generate_series(1, 60) i");
+    site.sql("postgres", "vacuum full pg_class");
+    site.sql("postgres", "vacuum full pg_namespace");
+    site.sql("postgres", "vacuum full pg_database");
+    site.sql(
+        "postgres",
+        "create schema later; create table later.t as select 1 as x; alter schema later rename to latest",
+    );
+    let (late, before_late) = site.does("postgres", "drop table late.t");
+    let (latest, _) = site.does("postgres", "drop table latest.t");
+    let (parent, _) = site.does("postgres", "drop table parent");
+    site.sql("postgres", "create database logged template template strategy wal_log");
+    site.sql("postgres", "create database copied template template strategy file_copy");
+    let (in_logged, _) = site.does("logged", "drop table s.t");
+    site.sql("copied", "alter table s.t rename to u");
+    let (in_copied, _) = site.does("copied", "drop schema s cascade");
+    let (emptied, _) = site
+        .does("postgres", "truncate precious; alter table precious alter i type bigint; truncate precious");
+    let prepare = "begin; select pg_current_xact_id(); drop table precious; prepare transaction 'it''s gone'";
+    let prepared = site.sql("postgres", prepare).parse().unwrap();
+    let before_prepared = site.journal.step(&site.cluster, "while it is prepared").id;
+    site.sql("postgres", "commit prepared 'it''s gone'");
+    site.cluster.create_tablespace("elsewhere");
+    site.sql("postgres", "alter database copied set tablespace elsewhere");
+    site.sql("copied", "create table moved as select 1 as x");
+    let (moved, _) = site.does("copied", "drop table moved");
+    site.cluster.archive_all();
+
+    let drop = |name: &str| ["--before-drop".to_owned(), name.to_owned()];
+    for (name, found, xid) in [
+        ("late.t", "postgres.late.t", late),
+        ("latest.t", "postgres.latest.t", latest),
+        ("parent", "postgres.public.parent", parent),
+        ("part_1", "postgres.public.part_1", parent),
+        ("logged.s.t", "logged.s.t", in_logged),
+        ("s.u", "copied.s.u", in_copied),
+        ("moved", "copied.public.moved", moved),
+        ("precious", "postgres.public.precious", prepared),
+    ] {
+        site.assert_moment(&drop(name).each_ref().map(String::as_str), found, xid);
+    }
+    let place = site.scratch.fresh_path("told");
+    let told = site
+        .waltide
+        .ok(["restore", "--dry-run", "--data-dir", text(&place), "--before-drop", "precious"])
+        .stdout;
+    assert!(told.contains("end it with ROLLBACK PREPARED 'it''s gone'"), "{told}");
+    assert!(told.contains("target    before postgres.public.precious was dropped by transaction"), "{told}");
+    site.assert_moment(&["--before-truncate", "precious"], "postgres.public.precious", emptied);
+
+    let mut cluster = site.restored("late", &["--before-drop", "late.t"]);
+    assert_eq!(cluster.query("select count(*) from late.t"), "60");
+    site.journal.assert_exactly_up_to(&cluster, before_late);
+    cluster.stop(StopMode::Fast);
+    let mut cluster = site.restored("prepared", &["--before-drop", "precious"]);
+    cluster.query("rollback prepared 'it''s gone'");
+    assert_eq!(cluster.query("select count(*) from precious"), "0", "it was emptied before");
+    site.journal.assert_exactly_up_to(&cluster, before_prepared);
+    cluster.stop(StopMode::Fast);
+
+    let scratch = site.scratch.dir("place");
+    let check = "select count(*) = 60 from late.t";
+    let drill = ["drill", "--scratch", text(&scratch), "--before-drop", "late.t", "--check", check];
+    let answer = site.waltide.json(drill);
+    let record = &answer["drills"][0];
+    assert_eq!(record["verdict"], "passed", "{answer:#}");
+    let target = format!("before postgres.late.t was dropped by transaction {late} of ");
+    assert!(record["target"].as_str().unwrap().starts_with(&target), "{record:#}");
+    let again = site.waltide.json(["drill", "--scratch", text(&scratch), "--before-drop", "precious"]);
+    assert_eq!(again["verdict"], "passed", "{again:#}");
+}
