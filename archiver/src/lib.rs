@@ -19,3 +19,4 @@ pub mod status;
 mod stored_segments;
 #[cfg(test)]
 mod testing;
+pub mod window_ends;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use waltide_format::archive::{
-    BackupKind, BrokenBackup, Catalog, DamagedObject, Hole, Reach, RecoveryWindow, StartedBackup,
+    BackupKind, BrokenBackup, Catalog, DamagedObject, Hole, Moment, Reach, RecoveryWindow, StartedBackup,
     TimelineHistory,
 };
 use waltide_format::{BackupId, PgMajor, SystemId, TimestampTz};
@@ -188,7 +188,21 @@ fn alerts(status: &Status, max_age: Option<Duration>) -> Vec<Alert> {
                 format!("{} backups from {first} to {last} cannot recover past it", hole.harms.len())
             }
         };
-        add(Health::Damaged, format!("timeline {}: {}; {harms}", hole.gap.timeline, hole.gap));
+        let windows = hole.ends.iter().map(|w| {
+            format!("; it ends the window on timeline {} that begins at {}, at {}", w.timeline, w.from, w.to)
+        });
+        let windows: String = windows.collect();
+        let side = |moment: Option<Moment>| match moment {
+            Some(Moment { lsn, time: Some(time) }) => format!("{lsn} ({time})"),
+            Some(Moment { lsn, time: None }) => lsn.to_string(),
+            None => "nothing".to_owned(),
+        };
+        let (before, after) = (side(hole.before), side(hole.after));
+        let text = format!(
+            "timeline {}: {}; {harms}{windows}; the nearest that can be restored to: before it {before}, after it {after}",
+            hole.gap.timeline, hole.gap
+        );
+        add(Health::Damaged, text);
     }
     for broken in &status.broken_backups {
         let text = format!(

@@ -23,8 +23,7 @@ pub use chain::ProvedChain;
 pub use drill::{DrillReport, past_drills, random_seed, record_drill};
 pub use moment::{Happened, Loss, Moment, MomentRequest};
 pub use plan::{
-    Attempt, Estimate, Plan, PlanError, PlannedSegment, Rates, Reachable, Unreachable, Window, plan,
-    reachable_windows,
+    Attempt, Plan, PlanError, PlannedSegment, Reachable, Unreachable, Window, plan, reachable_windows,
 };
 pub use report::{html, summary, verdict_words};
 pub use resolve::{Events, LastCommit, Lost, Source, Stop, StopKind};

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 use waltide_format::archive::{
-    BackupEntry, BackupKind, Catalog, DrillRecord, Gap, GapKind, Lineage, Run, Tablespace,
+    BackupEntry, BackupKind, Catalog, Estimate, Gap, GapKind, Lineage, Rates, RestoreWork, Run, Tablespace,
 };
 use waltide_format::{BackupId, Lsn, PgMajor, SegmentName, SystemId, TimelineId, TimestampTz};
 
@@ -103,78 +103,6 @@ impl fmt::Display for Unreachable {
 
 impl std::error::Error for Unreachable {}
 
-/// How fast things go, for the estimate.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Rates {
-    /// Bytes of the cluster restored in a second.
-    pub restore_bytes_per_second: f64,
-    /// Seconds to make and sync a file.
-    pub file_seconds: f64,
-    /// Bytes of WAL replayed in a second.
-    pub replay_bytes_per_second: f64,
-    /// Seconds to fetch a segment.
-    pub segment_seconds: f64,
-    /// Seconds to start the server and to end recovery.
-    pub start_seconds: f64,
-    /// Whether they were measured by drills of this cluster.
-    pub measured: bool,
-}
-
-impl Default for Rates {
-    /// Measured on a machine with two cores and a solid state disk.
-    fn default() -> Self {
-        Self {
-            restore_bytes_per_second: 250e6,
-            file_seconds: 0.001,
-            replay_bytes_per_second: 60e6,
-            segment_seconds: 0.03,
-            start_seconds: 0.6,
-            measured: false,
-        }
-    }
-}
-
-impl Rates {
-    /// The middle of what the drills of a cluster took, where there are any that restored.
-    #[allow(clippy::cast_precision_loss)]
-    pub fn from_drills(drills: &[DrillRecord]) -> Self {
-        let rate = |name: &str, bytes: fn(&DrillRecord) -> u64| {
-            let rates = drills.iter().filter_map(|d| {
-                let seconds = d.phases.iter().find(|p| p.name == name)?.seconds;
-                let bytes = bytes(d);
-                (seconds > 0.1 && bytes > 0).then(|| bytes as f64 / seconds)
-            });
-            let mut rates: Vec<f64> = rates.collect();
-            rates.sort_by(f64::total_cmp);
-            rates.get(rates.len() / 2).copied()
-        };
-        let default = Self::default();
-        let restore = rate("restore", |d| d.restored_bytes);
-        let replay = rate("recovery", |d| d.wal_bytes);
-        Self {
-            restore_bytes_per_second: restore.unwrap_or(default.restore_bytes_per_second),
-            replay_bytes_per_second: replay.unwrap_or(default.replay_bytes_per_second),
-            // What a drill measured has the files in it.
-            file_seconds: if restore.is_some() { 0.0 } else { default.file_seconds },
-            measured: restore.is_some() || replay.is_some(),
-            ..default
-        }
-    }
-}
-
-/// How long it will take.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Estimate {
-    /// Putting the files back.
-    pub restore_seconds: f64,
-    /// PostgreSQL's recovery, from its start until it takes connections.
-    pub recovery_seconds: f64,
-    /// Both.
-    pub total_seconds: f64,
-    /// Whether drills of this cluster were the measure.
-    pub measured: bool,
-}
-
 /// A segment that recovery will ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PlannedSegment {
@@ -223,6 +151,8 @@ pub struct Plan {
     pub segments: Vec<PlannedSegment>,
     /// Bytes of WAL from start to stop.
     pub wal_bytes: u64,
+    /// Records in the segments.
+    pub records: u64,
     /// Bytes of their objects.
     pub wal_stored_bytes: u64,
     /// Bytes of the base backup's files.
@@ -511,7 +441,6 @@ fn elsewhere(catalog: &Catalog, goal: &Goal, candidates_here: &[Candidate<'_>]) 
     reached.next().map(|t| format!("timeline {t} reaches it: --target-timeline {t}"))
 }
 
-#[allow(clippy::cast_precision_loss)]
 fn make(
     catalog: &Catalog,
     goal: &Goal,
@@ -569,11 +498,13 @@ fn make(
     let settings = settings(catalog, goal, &candidate.line, &stop, cut);
     let wal_bytes = stop.lsn.bytes_since(head.start_lsn);
     let base_bytes = head.stats.cluster_bytes;
-    let restore_seconds = base_bytes as f64 / rates.restore_bytes_per_second
-        + candidate.entry.files as f64 * rates.file_seconds;
-    let recovery_seconds = wal_bytes as f64 / rates.replay_bytes_per_second
-        + segments.len() as f64 * rates.segment_seconds
-        + rates.start_seconds;
+    let work = RestoreWork {
+        base_bytes,
+        files: candidate.entry.files,
+        wal_bytes,
+        segments: segments.len() as u64,
+        records: steps.iter().fold(0, |sum, s| sum.saturating_add(s.entry.info.records)),
+    };
     Plan {
         cluster: catalog.cluster.clone(),
         system_id: catalog.system.system_id,
@@ -595,12 +526,8 @@ fn make(
         base_files: candidate.entry.files,
         tablespaces: head.tablespaces.clone(),
         settings,
-        estimate: Estimate {
-            restore_seconds,
-            recovery_seconds,
-            total_seconds: restore_seconds + recovery_seconds,
-            measured: rates.measured,
-        },
+        records: work.records,
+        estimate: rates.estimate(&work),
         notes,
         stop,
     }
@@ -686,7 +613,11 @@ impl fmt::Display for Plan {
         )?;
         if let (Some(first), Some(last)) = (self.segments.first(), self.segments.last()) {
             let (count, stored) = (self.segments.len(), bytes(self.wal_stored_bytes));
-            write!(f, ", {count} segments {} to {} ({stored} stored)", first.name, last.name)?;
+            write!(
+                f,
+                ", {count} segments {} to {} with {} records ({stored} stored)",
+                first.name, last.name, self.records
+            )?;
         }
         writeln!(f)?;
         for tablespace in &self.tablespaces {

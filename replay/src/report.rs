@@ -429,7 +429,9 @@ pub(crate) fn sample(number: u16, verdict: DrillVerdict) -> DrillRecord {
         rto_seconds: Some(33.6 + f64::from(number)),
         rpo_seconds: Some(241.0),
         restored_bytes: 5 << 30,
+        restored_files: 900,
         wal_bytes: 312 << 20,
+        segments: 20,
         settings: vec![DrillSetting {
             name: "archive_command".into(),
             found: "cp '%p' <x>".into(),

@@ -73,6 +73,16 @@ fn a_split_brain_keeps_both_histories_and_each_is_restored_with_its_own_rows() {
     assert_eq!(pushers(1), directories[..1], "only the new primary writes the new timeline");
     assert!(pushers(0).contains(&directories[1]), "{history:#}");
     let fork = history["forked_at"].as_str().unwrap();
+    // Each timeline's window says which transactions can be named, and what a restore to its end takes.
+    for (timeline, journal) in [(1, &on_old), (2, &on_new)] {
+        let windows = status["windows"].as_array().unwrap();
+        let window = windows.iter().find(|w| w["timeline"] == timeline).unwrap();
+        let xid = |end: &str| window[end]["xid"].as_str().unwrap().parse::<u64>().unwrap();
+        assert!(xid("first_commit") <= journal.steps()[2].xid, "{window:#}");
+        assert!(xid("last_commit") >= journal.steps().last().unwrap().xid, "{window:#}");
+        assert!(window["restore"]["records"].as_u64().unwrap() > 1000, "{window:#}");
+        assert!(window["restore"]["estimate"]["total_seconds"].as_f64().unwrap() > 0.0, "{window:#}");
+    }
     let shown = site.waltide.ok(["status"]).stdout;
     assert!(shown.contains(&format!("timeline 2 left timeline 1 at {fork}")), "{shown}");
     // The segment that the new primary left half full is there twice: as far as it had it, and whole.
@@ -333,6 +343,8 @@ fn a_deleted_a_cut_a_swapped_and_a_doubled_segment_are_each_found_and_named() {
         let status = site.waltide.json_with_status(3, ["status"]);
         let alerts = status["alerts"].to_string();
         assert!(alerts.contains(named), "{what}: {alerts}");
+        let sides = alerts.contains("the nearest that can be restored to: before it 0/");
+        assert_eq!(sides, what != "doubled", "{what}: {alerts}");
         for args in [&["verify"][..], &["verify", "--quick"]] {
             let faults = site.waltide.json_with_status(3, args)["faults"].to_string();
             assert!(faults.contains(named), "{what}: {faults}");

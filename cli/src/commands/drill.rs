@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
-use waltide_format::archive::{Catalog, DrillOutcome, DrillRecord, DrillVerdict};
+use waltide_format::archive::{Catalog, DrillOutcome, DrillRecord, DrillVerdict, Rates};
 use waltide_replay::engines::postgres::{DrillRequest, DrillSource, drill, random_targets};
 use waltide_replay::{
-    DrillReport, Goal, Rates, TargetAction, html, past_drills, random_seed, record_drill, summary,
+    DrillReport, Goal, TargetAction, html, past_drills, random_seed, record_drill, summary,
     verdict_words,
 };
 use waltide_storage::Archive;

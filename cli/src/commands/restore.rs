@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
-use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind};
+use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind, Rates};
 use waltide_format::engines::postgres::catalogue::TablePattern;
 use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
 use waltide_replay::engines::postgres::{
@@ -12,7 +12,7 @@ use waltide_replay::engines::postgres::{
     Server, find_moment, made_tablespaces, restore_command,
 };
 use waltide_replay::{
-    Goal, Loss, MomentRequest, Plan, PlanError, Rates, Target, TargetAction, TargetTimeline, plan,
+    Goal, Loss, MomentRequest, Plan, PlanError, Target, TargetAction, TargetTimeline, plan,
 };
 use waltide_storage::Archive;
 
@@ -295,7 +295,7 @@ const fn plan_status(e: &PlanError) -> u8 {
 }
 
 /// How fast the last drills were. An archive without any, or with ones that cannot be read, has none.
-async fn measured_rates(archive: &Archive, layout: &Layout, catalog: &Catalog) -> Rates {
+pub(super) async fn measured_rates(archive: &Archive, layout: &Layout, catalog: &Catalog) -> Rates {
     let dir = layout.system(catalog.system.system_id).drills();
     let listed = archive.list_names(&dir).await.unwrap_or_default();
     let mut drills: Vec<DrillRecord> = Vec::new();

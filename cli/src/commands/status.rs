@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use waltide_archiver::catalog::load_settled;
-use waltide_archiver::host;
 use waltide_archiver::status::{Health, Lag, Status, status};
+use waltide_archiver::{host, window_ends};
 use waltide_format::TimestampTz;
-use waltide_format::archive::TimelineHistory;
+use waltide_format::archive::{TimelineHistory, WindowRestore};
 
+use super::restore::measured_rates;
 use crate::context::{Context, catalog_failure};
 use crate::exit::Failure;
 use crate::output;
@@ -30,7 +31,12 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let loaded = load_settled(&archive, &layout, context.system, cache.as_ref(), context.threads).await;
     let catalog = loaded.map_err(catalog_failure)?;
     let now = TimestampTz::from_jiff(jiff::Timestamp::now());
-    let found = status(&catalog, now, max_age, |s| host::is_running(&s.host, s.pid));
+    let mut found = status(&catalog, now, max_age, |s| host::is_running(&s.host, s.pid));
+    window_ends::fill(&archive, &catalog, &mut found.windows).await?;
+    let rates = measured_rates(&archive, &layout, &catalog).await;
+    for window in &mut found.windows {
+        window.restore = catalog.restore_to_end(window, &rates);
+    }
     output::answer(context, &found, || text(&found))?;
     match found.health {
         Health::Ok => Ok(()),
@@ -67,7 +73,12 @@ fn text(s: &Status) -> String {
         let range = format!("{} ({}) to {}{to}", w.from, output::time(w.from_time), w.to);
         let n = w.backups.len();
         let backups = if n == 1 { "1 backup".to_owned() } else { format!("{n} backups") };
-        facts.push(("window", format!("timeline {}: {range}, from {backups}", w.timeline)));
+        let commits = match (w.first_commit, w.last_commit) {
+            (Some(first), Some(last)) => format!(", transactions {} to {}", first.xid, last.xid),
+            _ => String::new(),
+        };
+        facts.push(("window", format!("timeline {}: {range}{commits}, from {backups}", w.timeline)));
+        facts.extend(w.restore.iter().map(|restore| ("restore", restore_text(restore))));
     }
     let label = |health| match health {
         Health::Damaged => "DAMAGED",
@@ -79,6 +90,20 @@ fn text(s: &Status) -> String {
         facts.push(("alerts", "none".to_owned()));
     }
     output::facts(&facts)
+}
+
+fn restore_text(restore: &WindowRestore) -> String {
+    let (work, estimate) = (&restore.work, &restore.estimate);
+    let basis = if estimate.measured { "as drills measured" } else { "not measured here yet" };
+    format!(
+        "to its end from {}: {}, then {} of WAL in {} segments with {} records, about {} ({basis})",
+        restore.backup,
+        output::bytes(work.base_bytes),
+        output::bytes(work.wal_bytes),
+        work.segments,
+        work.records,
+        output::duration(estimate.total_seconds)
+    )
 }
 
 fn history_text(history: &TimelineHistory) -> String {

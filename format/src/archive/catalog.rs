@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::index::{AdmittedFault, Ending, SegmentInfo};
+use super::index::{AdmittedFault, SegmentInfo};
+use super::joins::join_fault;
 use super::manifest::{Manifest, StartedBackup, SystemInfo};
 use super::source::PushSource;
 use crate::ids::{BackupId, Lsn, TimelineId};
@@ -390,64 +391,6 @@ impl Run<'_> {
     }
 }
 
-/// What keeps `after` from continuing `before`, both of neighbouring positions.
-fn join_fault(before: &Step<'_>, after: &Step<'_>, last_record: Option<Lsn>) -> Option<GapKind> {
-    let (a, b) = (&before.entry.info, &after.entry.info);
-    let broken = |reason: String| Some(GapKind::Broken { reason });
-    if let Some(fault) = before.entry.faults.first() {
-        return Some(GapKind::Admitted { fault: fault.message.clone() });
-    }
-    // A server that crashed and started again goes on inside the segment where its log ended, so a copy
-    // that ends early can be followed only by a record that says what was aborted.
-    if a.ending == Ending::EndOfLog && before.usable_end == a.valid_end && !b.overwrites_contrecord {
-        return broken(format!("{} ends at {} and {} follows", a.name, a.valid_end, b.name));
-    }
-    // Past a fork the ancestor's own last record is not what the successor continues, and the successor's
-    // own copy of that segment is not there.
-    if before.usable_end < a.valid_end {
-        let first = a.name.on(b.name.timeline());
-        return Some(GapKind::Missing { first, last: first, count: 1 });
-    }
-    continuity_fault(a, b, last_record).map(|reason| GapKind::Broken { reason })
-}
-
-/// What keeps a segment from being the one that follows `before` in the same log, where that one's log fills it.
-/// `last_record` is where the last record before both begins, for the case that none begins in `before`.
-pub fn continuity_fault(
-    before: &SegmentInfo,
-    after: &SegmentInfo,
-    last_record: Option<Lsn>,
-) -> Option<String> {
-    let (a, b) = (before, after);
-    match a.pending {
-        None if b.continued_bytes != 0 && !b.overwrites_contrecord && a.first_record.is_some() => {
-            return Some(format!(
-                "{} continues a record by {} bytes and {} leaves none open",
-                b.name, b.continued_bytes, a.name
-            ));
-        }
-        Some(p) if !b.overwrites_contrecord && p.total_bytes != 0 => {
-            let rest = p.total_bytes.saturating_sub(p.here_bytes);
-            if rest != b.continued_bytes {
-                return Some(format!(
-                    "the record at {} lacks {rest} bytes and {} continues {}",
-                    p.start, b.name, b.continued_bytes
-                ));
-            }
-        }
-        _ => {}
-    }
-    let expected = a.last_record.or(last_record)?;
-    match b.first_prev {
-        // After an aborted record xl_prev names the record before it.
-        Some(found) if found != expected && !b.overwrites_contrecord => Some(format!(
-            "the first record of {} follows {found}, the last one before it is {expected}",
-            b.name
-        )),
-        _ => None,
-    }
-}
-
 impl SegmentEntry {
     /// Whether it is a copy of a `.partial` file.
     pub fn is_partial(&self) -> bool {
@@ -554,6 +497,7 @@ pub(crate) mod samples {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Ending;
     use super::samples::*;
     use super::*;
 

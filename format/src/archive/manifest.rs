@@ -343,8 +343,14 @@ pub struct DrillRecord {
     pub rpo_seconds: Option<f64>,
     /// Bytes restored from the base backup.
     pub restored_bytes: u64,
+    /// How many files that were; 0 where it was not noted.
+    #[serde(default)]
+    pub restored_files: u64,
     /// Bytes of WAL between the base backup's start and the target.
     pub wal_bytes: u64,
+    /// The segments they lay in; 0 where it was not noted.
+    #[serde(default)]
+    pub segments: u64,
     /// Settings that the backup brought along and the scratch server did not get.
     #[serde(default)]
     pub settings: Vec<DrillSetting>,

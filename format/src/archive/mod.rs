@@ -5,9 +5,11 @@ mod catalog;
 mod chain;
 mod detail;
 mod envelope;
+mod estimate;
 mod extents;
 mod histories;
 mod index;
+mod joins;
 mod layers;
 mod layout;
 mod manifest;
@@ -21,13 +23,14 @@ mod windows;
 pub use block_set::BlockSet;
 pub use catalog::{
     BackupEntry, Beginning, Catalog, DamagedObject, Gap, GapKind, Keep, Lineage, Run, SegmentEntry, Step,
-    WalRange, continuity_fault,
+    WalRange,
 };
 pub use chain::{ChainHash, ChainHead, ChainLink, ChainStart, digest_from_hex};
 pub use detail::{
     DETAIL_SECTIONS, ExclusiveLock, RelationWork, SegmentDetail, SubXact, TruncatedOid, Volume, XactWork,
 };
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
+pub use estimate::{Estimate, Rates, RestoreWork};
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, FrameCompressor, PackBuilder};
 pub use histories::{Pusher, TimelineHistory};
 pub use index::{
@@ -35,6 +38,7 @@ pub use index::{
     FileEventKind, ForkBlocks, IndexedBlock, PendingRecord, RestorePoint, RmgrCount, RunningXacts, SECTIONS,
     SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
 };
+pub use joins::continuity_fault;
 pub use layers::merge_maps;
 pub use layout::{Layout, MergedName, SystemLayout, WalObject};
 pub use manifest::{
@@ -51,7 +55,9 @@ pub use source::PushSource;
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
 };
-pub use windows::{BrokenBackup, Coverage, Hole, RecoveryWindow, Stretch};
+pub use windows::{
+    BrokenBackup, Coverage, EndedWindow, Hole, Moment, RecoveryWindow, Stretch, WindowCommit, WindowRestore,
+};
 
 #[cfg(test)]
 pub(crate) use stored_segment::samples;

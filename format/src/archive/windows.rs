@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use super::catalog::{BackupEntry, Catalog, Gap, GapKind, Lineage, Run};
-use crate::ids::{BackupId, Lsn, TimelineId};
+use super::estimate::{Estimate, Rates, RestoreWork};
+use crate::ids::{BackupId, Lsn, TimelineId, Xid};
 use crate::segment::SegmentName;
 use crate::time::TimestampTz;
 
@@ -24,8 +25,57 @@ pub struct RecoveryWindow {
     pub to_time: Option<TimestampTz>,
     /// How many segments it takes, from the first backup's start on.
     pub segments: u64,
+    /// The first commit behind `from`. A catalogue does not know it: it stands in the index of a segment.
+    pub first_commit: Option<WindowCommit>,
+    /// The last commit before `to`, likewise.
+    pub last_commit: Option<WindowCommit>,
     /// The hole that ends it, where more WAL follows.
     pub ended_by: Option<Gap>,
+    /// What a restore to its end takes, where that was asked for.
+    pub restore: Option<WindowRestore>,
+}
+
+/// A restore to a window's end, from the newest backup that leads there.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WindowRestore {
+    /// The backup.
+    pub backup: BackupId,
+    /// What there is to do.
+    #[serde(flatten)]
+    pub work: RestoreWork,
+    /// How long it will take.
+    pub estimate: Estimate,
+}
+
+/// A commit at an end of a window: a target that can be named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct WindowCommit {
+    /// The transaction.
+    pub xid: Xid,
+    /// When it was committed.
+    pub time: TimestampTz,
+    /// End of its record.
+    pub lsn: Lsn,
+}
+
+/// A moment that can be restored to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Moment {
+    /// Its position.
+    pub lsn: Lsn,
+    /// Its time, as near as it is known.
+    pub time: Option<TimestampTz>,
+}
+
+/// A window that a hole ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EndedWindow {
+    /// The timeline it is along, which may be a descendant of the hole's.
+    pub timeline: TimelineId,
+    /// Where it begins.
+    pub from: Lsn,
+    /// Where it ends, because of the hole.
+    pub to: Lsn,
 }
 
 /// A backup that cannot be restored: the WAL from its start to its end is not whole.
@@ -51,6 +101,12 @@ pub struct Hole {
     pub gap: Gap,
     /// The backups whose recovery ends there, oldest first.
     pub harms: Vec<BackupId>,
+    /// The windows that it ends.
+    pub ends: Vec<EndedWindow>,
+    /// The last moment before it, on its timeline, that can be restored to.
+    pub before: Option<Moment>,
+    /// The first moment after it, on its timeline, that can be restored to.
+    pub after: Option<Moment>,
     /// Whether retention made it on purpose: it lies between the end of a backup that is kept alone and the start
     /// of the first that is not, where nothing is to be recovered.
     pub by_retention: bool,
@@ -134,7 +190,7 @@ impl Catalog {
         // A run that ends inside a record names the same hole with an earlier start than the list by name.
         gaps.sort_by_key(|g| (g.timeline, g.to, g.from));
         gaps.dedup_by(|b, a| a.timeline == b.timeline && a.to == b.to);
-        found.holes = gaps.into_iter().map(|gap| self.judge(gap)).collect();
+        found.holes = gaps.into_iter().map(|gap| self.judge(gap, &found.windows)).collect();
         found.broken_backups.sort_by(|a, b| a.backup.cmp(&b.backup));
         found
     }
@@ -179,11 +235,29 @@ impl Catalog {
                 from_time: oldest.head.stopped,
                 to: end,
                 to_time: run.range().and_then(|r| r.last_commit_time),
+                first_commit: None,
+                last_commit: None,
                 segments: run.steps.len() as u64,
                 ended_by: hole,
+                restore: None,
                 backups: whole.iter().map(|b| b.head.id.clone()).collect(),
             });
         }
+    }
+
+    /// What a restore to a window's end takes.
+    pub fn restore_to_end(&self, window: &RecoveryWindow, rates: &Rates) -> Option<WindowRestore> {
+        let of_window = self.backups.iter().filter(|b| window.backups.contains(&b.head.id));
+        let newest = of_window.max_by_key(|b| b.head.stop_lsn)?;
+        let run = self.run(&self.lineage(window.timeline), newest.head.start_lsn);
+        let work = RestoreWork {
+            base_bytes: newest.head.stats.cluster_bytes,
+            files: newest.files,
+            wal_bytes: window.to.bytes_since(newest.head.start_lsn),
+            segments: run.steps.len() as u64,
+            records: run.steps.iter().fold(0, |sum, s| sum.saturating_add(s.entry.info.records)),
+        };
+        Some(WindowRestore { backup: newest.head.id.clone(), work, estimate: rates.estimate(&work) })
     }
 
     /// The hole behind a run that ends by name, where the line goes on later.
@@ -215,7 +289,7 @@ impl Catalog {
     }
 
     /// Whom a hole harms.
-    fn judge(&self, gap: Gap) -> Hole {
+    fn judge(&self, gap: Gap, windows: &[RecoveryWindow]) -> Hole {
         let line = self.lineage(gap.timeline);
         let passes = |b: &&BackupEntry| b.is_on(&line) && gap.to > b.head.start_lsn;
         let passing: Vec<_> = self.backups.iter().filter(passes).collect();
@@ -223,7 +297,15 @@ impl Catalog {
         let harms: Vec<_> = passing.iter().filter(harmed).map(|b| b.head.id.clone()).collect();
         // Retention leaves a hole only behind a backup that is kept alone.
         let by_retention = harms.is_empty() && passing.iter().any(|b| b.is_standalone());
-        Hole { gap, harms, by_retention }
+        let is_this = |g: &Gap| (g.timeline, g.to) == (gap.timeline, gap.to);
+        let ended = windows.iter().filter(|w| w.ended_by.as_ref().is_some_and(is_this));
+        let ends = ended.map(|w| EndedWindow { timeline: w.timeline, from: w.from, to: w.to }).collect();
+        let here = || windows.iter().filter(|w| w.timeline == gap.timeline);
+        let before = here().filter(|w| w.to <= gap.to).max_by_key(|w| w.to);
+        let after = here().filter(|w| w.from >= gap.from).min_by_key(|w| w.from);
+        let before = before.map(|w| Moment { lsn: w.to, time: Some(w.to_time.unwrap_or(w.from_time)) });
+        let after = after.map(|w| Moment { lsn: w.from, time: Some(w.from_time) });
+        Hole { gap, harms, ends, before, after, by_retention }
     }
 }
 
@@ -270,6 +352,10 @@ mod tests {
         let [hole] = found.holes.as_slice() else { panic!("{found:?}") };
         assert_eq!(hole.gap.to_string(), "000000010000000000000006 is missing");
         assert_eq!((hole.harms.as_slice(), hole.by_retention), (&[c.backups[0].head.id.clone()][..], false));
+        let [ended] = hole.ends.as_slice() else { panic!("{hole:?}") };
+        assert_eq!((ended.from, ended.to), (lsn(4 * SIZE + 900), lsn(6 * SIZE)));
+        let sides = (hole.before.map(|m| m.lsn), hole.after.map(|m| m.lsn));
+        assert_eq!(sides, (Some(lsn(6 * SIZE)), Some(lsn(7 * SIZE + 900))));
         assert!(!found.is_whole());
     }
 

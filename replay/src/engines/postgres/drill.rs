@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::{Client, SimpleQueryMessage};
 use waltide_format::archive::{
-    Catalog, DrillCommit, DrillRecord, DrillVerdict, Layout, Lineage, Run, XactEnd,
+    Catalog, DrillCommit, DrillRecord, DrillVerdict, Layout, Lineage, Rates, Run, XactEnd,
 };
 use waltide_format::engines::postgres::cluster::ControlFile;
 use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, SHORT_HEADER_BYTES};
@@ -22,7 +22,7 @@ use super::scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 use super::scratch_settings::{ScratchSettings, memory_bytes};
 use super::tablespaces::{self, Redirected};
 use crate::drill::{Checks, Dice, Stopwatch, now, random_seed};
-use crate::plan::{Plan, PlanError, Rates, plan, reachable_windows};
+use crate::plan::{Plan, PlanError, plan, reachable_windows};
 use crate::resolve::{Source as _, StopKind};
 use crate::target::{Goal, Target, TargetTimeline};
 
@@ -223,7 +223,9 @@ fn empty_record(started: TimestampTz, request: &DrillRequest) -> DrillRecord {
         rto_seconds: None,
         rpo_seconds: None,
         restored_bytes: 0,
+        restored_files: 0,
         wal_bytes: 0,
+        segments: 0,
         settings: Vec::new(),
         notes: Vec::new(),
     }
@@ -298,7 +300,9 @@ impl Drill<'_> {
         record.backup = Some(plan.backup.clone());
         record.timeline = Some(plan.timeline);
         record.restored_bytes = plan.base_bytes;
+        record.restored_files = plan.base_files;
         record.wal_bytes = plan.wal_bytes;
+        record.segments = plan.segments.len() as u64;
         record.last_commit =
             plan.last_commit.map(|c| DrillCommit { xid: c.xid.get(), lsn: c.lsn, time: c.time });
         let wanted = match plan.goal.target {

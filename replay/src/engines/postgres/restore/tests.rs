@@ -8,7 +8,7 @@ use waltide_storage::{Faults, NoProgress};
 use super::*;
 use crate::engines::postgres::ArchivedIndexes;
 use crate::testing;
-use crate::{Goal, Rates, Target};
+use crate::{Goal, Target};
 
 const SPACE: &str = "pg_tblspc/16400";
 const AUTO: &str = "work_mem = '9MB'\nrecovery_target_time = '2001-01-01'\n";
