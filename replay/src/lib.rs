@@ -9,6 +9,7 @@
 mod chain;
 mod drill;
 pub mod engines;
+mod ledger;
 pub mod log;
 mod moment;
 mod plan;

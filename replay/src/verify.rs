@@ -9,8 +9,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
 use waltide_format::archive::{
     BackupEntry, BackupKind, Catalog, Envelope, Extent, ExtentMap, FOOTER_BYTES, Footer, GapKind, Layout,
-    LedgerRecord, LedgerUnit, Lineage, Manifest, MergedName, ObjectKind, PackBuilder, SegmentEntry,
-    StoredSegment, SystemLayout, WalFile, WalObject,
+    LedgerRecord, LedgerUnit, Lineage, Manifest, MergedName, ObjectKind, PackBuilder, SegmentDirectory,
+    SegmentEntry, StoredSegment, SystemLayout, WalFile, WalObject,
 };
 use waltide_format::engines::postgres::cluster::History;
 use waltide_format::engines::postgres::scan::{Agreement, agreement};
@@ -21,6 +21,7 @@ use waltide_storage::{Archive, Bytes, ObjectInfo, Progress, StorageError};
 use crate::chain::ProvedChain;
 use crate::engines::postgres::merged::{CheckedIndex, IndexCheck};
 use crate::engines::postgres::verify::{Around, Checked, check_segment, history_of, tail_of};
+use crate::ledger::Ledger;
 
 /// No object is larger: a segment of 1 GiB that does not compress, with its index.
 const OBJECT_BYTES_MAX: u64 = 3 << 30;
@@ -28,8 +29,8 @@ const OBJECT_BYTES_MAX: u64 = 3 << 30;
 const SPAN_SEGMENTS: u64 = 256;
 /// Memory for segments that are being verified, all threads together.
 const SEGMENT_MEMORY_BYTES: u64 = 2 << 30;
-/// The ledger's newest records, which decide what is verified first.
-const LEDGER_RECORDS_MAX: usize = 1000;
+/// Holds what a segment's index says first, but for a segment with very many restore points.
+const SUMMARY_BYTES: u64 = 16 << 10;
 
 /// What kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -118,7 +119,8 @@ pub struct Verify<'a> {
 /// A part that is verified as a whole.
 enum Unit<'a> {
     Backup(&'a BackupEntry),
-    Span(TimelineId, Vec<SegmentName>),
+    /// With its place in the ledger.
+    Span(TimelineId, String, Vec<SegmentName>),
     Index,
     Rest,
 }
@@ -127,9 +129,7 @@ impl Unit<'_> {
     fn name(&self) -> String {
         match self {
             Self::Backup(b) => format!("backup/{}", b.head.id),
-            Self::Span(_, names) => {
-                format!("wal/{}", names.first().map(ToString::to_string).unwrap_or_default())
-            }
+            Self::Span(_, name, _) => format!("wal/{name}"),
             Self::Index => "index".to_owned(),
             Self::Rest => "rest".to_owned(),
         }
@@ -188,7 +188,12 @@ impl Verify<'_> {
         };
         run.take_from_catalog();
         let mut units = run.units();
-        run.order(&mut units).await?;
+        let ledger = Ledger::read(self.archive, &run.names).await?;
+        if self.backup.is_none() {
+            // What was never verified comes first, then what was not for the longest time.
+            let looked = ledger.last_looked(self.quick);
+            units.sort_by_key(|u| looked.get(u.name().as_str()).copied());
+        }
         self.progress.phase("verify", Some(run.expected_bytes(&units)));
         let mut done = Vec::new();
         let mut complete = true;
@@ -209,13 +214,21 @@ impl Verify<'_> {
         }
         let seconds = begun.elapsed().as_secs_f64();
         let mut notes = if self.backup.is_none() && complete { run.notes() } else { Vec::new() };
-        let ledger = match run.record(now, seconds, done).await {
+        let id = format!("{}-{}", now.compact(), std::process::id());
+        let record = LedgerRecord { id, started: now, seconds, quick: self.quick, units: done };
+        let path = match Ledger::write(self.archive, &run.names, &record).await {
             Ok(path) => Some(path),
             Err(e) => {
                 notes.push(format!("the ledger could not be written: {e}"));
                 None
             }
         };
+        if path.is_some() && self.backup.is_none() {
+            let parts = units.iter().map(Unit::name).collect();
+            if let Err(e) = ledger.tidy(self.archive, &run.names, record, &parts).await {
+                notes.push(format!("the ledger could not be tidied: {e}"));
+            }
+        }
         let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
         let tally = run.tally;
         Ok(Verification {
@@ -233,7 +246,7 @@ impl Verify<'_> {
             faults: tally.faults.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect(),
             notes,
             chains: Vec::new(),
-            ledger,
+            ledger: path,
         })
     }
 }
@@ -316,7 +329,12 @@ impl<'a> Run<'a> {
             for name in steps.map(|s| s.entry.info.name) {
                 spans.entry(name.timeline()).or_default().push(name);
             }
-            let spans = spans.into_iter().map(|(timeline, names)| Unit::Span(timeline, names));
+            // Not the whole of a part that the ledger knows.
+            let place =
+                |names: &[SegmentName]| names.iter().map(ToString::to_string).next().unwrap_or_default();
+            let spans = spans.into_iter().map(|(timeline, names)| {
+                Unit::Span(timeline, format!("{}+{}", place(&names), names.len()), names)
+            });
             return std::iter::once(Unit::Backup(backup)).chain(spans).collect();
         }
         let mut units = vec![Unit::Rest];
@@ -335,27 +353,13 @@ impl<'a> Run<'a> {
                 names.push(name);
             }
         }
-        units.extend(spans.into_iter().rev().map(|((timeline, _), names)| Unit::Span(timeline, names)));
+        // Named by where it starts, whether or not its first segment is there.
+        units.extend(spans.into_iter().rev().map(|((timeline, span), names)| {
+            let start = span.saturating_mul(SPAN_SEGMENTS).saturating_mul(size.bytes());
+            let place = SegmentName::containing(timeline, start.into(), size).to_string();
+            Unit::Span(timeline, place, names)
+        }));
         units
-    }
-
-    /// What was never verified comes first, then what was not for the longest time.
-    async fn order(&self, units: &mut [Unit<'a>]) -> Result<(), StorageError> {
-        if self.what.backup.is_some() {
-            return Ok(());
-        }
-        let records = self.what.archive.list(&self.names.ledger()).await?;
-        let mut last: BTreeMap<String, TimestampTz> = BTreeMap::new();
-        for object in records.iter().rev().take(LEDGER_RECORDS_MAX) {
-            let Ok(bytes) = self.what.archive.get(&object.path, 16 << 20).await else { continue };
-            let Ok(record) = Envelope::open_json::<LedgerRecord>(&bytes, ObjectKind::Json) else { continue };
-            for unit in record.units.into_iter().filter(|_| !record.quick || self.what.quick) {
-                let at = last.entry(unit.name).or_insert(record.started);
-                *at = (*at).max(record.started);
-            }
-        }
-        units.sort_by_key(|u| last.get(&u.name()).copied());
-        Ok(())
     }
 
     fn expected_bytes(&self, units: &[Unit<'_>]) -> u64 {
@@ -372,7 +376,7 @@ impl<'a> Run<'a> {
             sum(&mut entries.map(|s| s.stored_bytes))
         };
         let of = |unit: &Unit<'_>| match unit {
-            Unit::Span(timeline, names) => wal(timeline, names),
+            Unit::Span(timeline, _, names) => wal(timeline, names),
             Unit::Backup(b) => {
                 let id = b.head.id.as_str();
                 let own = self.packs.iter().filter(|(name, _)| name.starts_with(id));
@@ -388,12 +392,8 @@ impl<'a> Run<'a> {
             Unit::Index => self.index().await,
             Unit::Rest => self.rest().await,
             Unit::Backup(backup) => self.backup(backup).await,
-            // The catalogue was read just now, every directory of every segment with it.
-            Unit::Span(_, names) if self.what.quick => {
-                self.tally.segments.fetch_add(names.len() as u64, Ordering::Relaxed);
-                Ok(())
-            }
-            Unit::Span(timeline, names) => self.span(*timeline, names).await,
+            Unit::Span(_, _, names) if self.what.quick => self.glance(names).await,
+            Unit::Span(timeline, _, names) => self.span(*timeline, names).await,
         }
     }
 
@@ -660,6 +660,55 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Whether every copy of some segments still says at its end what the catalogue, which may have it from a cache, says.
+    async fn glance(&self, names: &[SegmentName]) -> Result<(), StorageError> {
+        let range = names.first().zip(names.last());
+        let of_span = |s: &&SegmentEntry| range.is_some_and(|(a, b)| (*a..=*b).contains(&s.info.name));
+        let jobs = self.what.catalog.segments.iter().filter(of_span).map(|entry| self.glance_at(entry));
+        let at_once = self.what.threads.clamp(1, 64);
+        stream::iter(jobs.collect::<Vec<_>>()).buffer_unordered(at_once).try_collect::<()>().await
+    }
+
+    async fn glance_at(&self, entry: &SegmentEntry) -> Result<(), StorageError> {
+        let mut wanted = SUMMARY_BYTES;
+        // The footer says how long the directory is, the directory how long the sections are.
+        for _ in 0..3 {
+            let (tail, size) = match self.what.archive.get_tail(&entry.path, wanted).await {
+                Ok(found) => found,
+                // Pruned meanwhile.
+                Err(e) if e.is_not_found() => return Ok(()),
+                Err(e) if e.is_bad_object() => {
+                    self.fault(&entry.path, FaultKind::Damaged, None, e.to_string());
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            };
+            self.read(tail.len() as u64);
+            let told = SegmentDirectory::decode(&tail, size).and_then(|directory| match directory {
+                Ok(directory) => Ok(directory.summary(&tail, size)?.map(|index| (directory, index))),
+                Err(needed) => Ok(Err(needed)),
+            });
+            match told {
+                Err(e) => self.corrupt(&entry.path, e),
+                Ok(Err(needed)) if needed > wanted => {
+                    wanted = needed.min(OBJECT_BYTES_MAX);
+                    continue;
+                }
+                Ok(Err(_)) => {}
+                Ok(Ok((directory, index))) => {
+                    let digest: String = directory.digest.iter().map(|b| format!("{b:02x}")).collect();
+                    if (digest.as_str(), &index.info) != (entry.digest.as_str(), &entry.info) {
+                        let text = "it says something else of itself than it said before".to_owned();
+                        self.fault(&entry.path, FaultKind::Damaged, None, text);
+                    }
+                }
+            }
+            break;
+        }
+        self.tally.segments.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Segments that follow one another, each joined with the one before, and every other copy of them.
     async fn span(&self, timeline: TimelineId, names: &[SegmentName]) -> Result<(), StorageError> {
         let catalog = self.what.catalog;
@@ -814,19 +863,5 @@ impl<'a> Run<'a> {
         let left =
             "packs and extent maps belong to no complete backup: one is being made, or prune removes them";
         if count == 0 { Vec::new() } else { vec![format!("{count} {left}")] }
-    }
-
-    async fn record(
-        &self,
-        now: TimestampTz,
-        seconds: f64,
-        units: Vec<LedgerUnit>,
-    ) -> Result<String, StorageError> {
-        let id = format!("{}-{}", now.compact(), std::process::id());
-        let record = LedgerRecord { id: id.clone(), started: now, seconds, quick: self.what.quick, units };
-        let path = format!("{}/{id}", self.names.ledger());
-        let bytes = Envelope::seal_json(ObjectKind::Json, &record);
-        self.what.archive.put_new(&path, bytes.into()).await?;
-        Ok(path)
     }
 }

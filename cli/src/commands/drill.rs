@@ -8,8 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use waltide_format::archive::{Catalog, DrillOutcome, DrillRecord, DrillVerdict, Rates};
 use waltide_replay::engines::postgres::{DrillRequest, DrillSource, drill, random_targets};
 use waltide_replay::{
-    DrillReport, Goal, TargetAction, html, past_drills, random_seed, record_drill, summary,
-    verdict_words,
+    DrillReport, Goal, TargetAction, html, past_drills, random_seed, record_drill, summary, verdict_words,
 };
 use waltide_storage::Archive;
 

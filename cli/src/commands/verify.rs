@@ -11,6 +11,9 @@ use crate::context::{Context, catalog_failure, find_backup};
 use crate::exit::Failure;
 use crate::output;
 
+/// How long a quick look goes on unless it is said.
+const QUICK_MINUTES: u64 = 10;
+
 /// Read every object, check every checksum, every record and every gap
 ///
 /// Without BACKUP the whole archive is verified: what never was comes first, then what was not for the longest time; the
@@ -20,7 +23,7 @@ pub(crate) struct Args {
     /// Only this backup and the WAL it needs: its name or the beginning of it, or `latest`
     #[arg(value_name = "BACKUP")]
     backup: Option<String>,
-    /// Look at names, lengths, directories and gaps only
+    /// Look at names, lengths, directories and gaps only, for 10 minutes unless --max-minutes says otherwise
     #[arg(long)]
     quick: bool,
     /// Prove the hash chain over the WAL as well, and print its head, which may be noted elsewhere
@@ -36,19 +39,22 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let (archive, layout) = (context.archive().await?, context.layout()?);
-    // What the cache says was true once; this is about what is true now.
-    let loaded =
-        catalog::load_settled(&archive, &layout, context.system, Known::Nothing, context.threads).await;
+    // What the cache says was true once; this is about what is true now. A quick run compares the one with the other, as
+    // far as its time goes.
+    let cache = if args.quick { context.cache(&archive) } else { None };
+    let known = if args.quick { Known::from(cache.as_ref()) } else { Known::Nothing };
+    let loaded = catalog::load_settled(&archive, &layout, context.system, known, context.threads).await;
     let catalog = loaded.map_err(catalog_failure)?;
     let backup = args.backup.as_deref().map(|text| find_backup(&catalog, text)).transpose()?;
     let progress = context.progress();
+    let minutes = args.max_minutes.or(args.quick.then_some(QUICK_MINUTES));
     let verify = Verify {
         archive: &archive,
         layout: &layout,
         catalog: &catalog,
         backup,
         quick: args.quick,
-        time_allowed: args.max_minutes.map(|n| Duration::from_secs(n.saturating_mul(60))),
+        time_allowed: minutes.map(|n| Duration::from_secs(n.saturating_mul(60))),
         threads: context.threads,
         progress: progress.as_ref(),
     };

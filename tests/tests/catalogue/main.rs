@@ -238,6 +238,29 @@ async fn what_was_never_verified_comes_first() {
     assert_eq!((record.units.len(), record.units[0].name.as_str()), (6, new.as_str()));
 }
 
+#[tokio::test]
+async fn the_ledger_forgets_what_was_looked_at_again() {
+    let sample = Sample::new().await;
+    let catalog = sample.catalog().await;
+    for n in 0..40 {
+        let verify = Verify {
+            archive: &sample.archive,
+            layout: &sample.layout,
+            catalog: &catalog,
+            backup: None,
+            quick: n % 3 != 0,
+            time_allowed: None,
+            threads: 1,
+            progress: &NoProgress,
+        };
+        let found = verify.run(hour(100 + n)).await.unwrap();
+        assert_eq!(found.faults, []);
+        let records = sample.archive.list(&sample.names().ledger()).await.unwrap();
+        assert_eq!(records.len() as u64, (n + 1).min(32));
+        assert!(records.iter().any(|r| Some(&r.path) == found.ledger.as_ref()));
+    }
+}
+
 fn pruning<'a>(archive: &'a Archive, layout: &'a Layout) -> Pruning<'a> {
     Pruning { archive, layout, system: None, cache: None, threads: 2 }
 }
