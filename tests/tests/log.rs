@@ -431,3 +431,108 @@ fn a_crash_and_a_promotion_leave_what_was_committed_on_the_line() {
     let output = site.waltide.run(["log", "--timeline", "3"]).assert_status(1);
     assert_eq!(output.stderr, "waltide: the archive has nothing of timeline 3; it has 1, 2\n");
 }
+
+#[test]
+fn tables_are_told_by_the_names_they_had() {
+    let site = Site::start("log-names", &[]);
+    let cluster = &site.cluster;
+    cluster.query("create schema shop; create table shop.orders (id int primary key, note text); create table plain (id int)");
+    cluster.query("create table parted (id int) partition by list (id); create table parted_1 partition of parted for values in (1)");
+    let data_dir = cluster.data_dir().to_str().unwrap();
+    site.waltide.ok(["backup", "--data-dir", data_dir]);
+    let own = "select pg_current_xact_id()";
+    let run = |sql: &str| site.xid(&format!("begin; {sql}; {own}; commit"));
+    let filled = run("insert into shop.orders select g, 'x' from generate_series(1, 10) g");
+    let toasted = run(
+        "insert into shop.orders select 1000, string_agg(md5(g::text), '') from generate_series(1, 1000) g",
+    );
+    let renamed = run("alter table shop.orders rename to \"Old Orders\"");
+    let again = run("create table shop.orders (id int primary key); insert into shop.orders values (1)");
+    let emptied = run("truncate shop.orders; drop table plain; insert into shop.orders values (2)");
+    let retyped = run("alter table shop.orders alter id type bigint");
+    cluster.query("vacuum full shop.orders");
+    let dropped = run("drop table shop.orders");
+    let dropped_parted = run("drop table parted");
+    let made = run("create table shop.orders (id int); drop table \"shop\".\"Old Orders\"");
+    cluster.query("create database other");
+    cluster.sql("other", "create table lost (id int); insert into lost values (1)").unwrap();
+    cluster.query("drop database other");
+    cluster.archive_all();
+
+    let log = site.log(0, &[]);
+    let fates = |xid: &str| -> Vec<String> {
+        let found = log.iter().find(|t| text(t, "xid") == xid).unwrap_or_else(|| panic!("{xid}"));
+        let one = |f: &Value| {
+            format!(
+                "{} {}{}",
+                text(f, "event"),
+                text(f, "name"),
+                f["to"].as_str().map(|to| format!(" to {to}")).unwrap_or_default()
+            )
+        };
+        found["tables"].as_array().map(|all| all.iter().map(one).collect()).unwrap_or_default()
+    };
+    let names = |xid: &str| -> BTreeSet<String> {
+        let found = log.iter().find(|t| text(t, "xid") == xid).unwrap();
+        let with_rows =
+            found["relations"].as_array().unwrap().iter().filter(|r| r["inserted"].as_u64() > Some(0));
+        let ours = with_rows.filter(|r| !text(r, "name").contains(".pg_catalog."));
+        ours.map(|r| {
+            r["toast_of"].as_str().map_or_else(|| text(r, "name").to_owned(), |t| format!("{t} (TOAST)"))
+        })
+        .collect()
+    };
+    let set = |all: &[&str]| all.iter().map(|s| (*s).to_owned()).collect::<BTreeSet<_>>();
+    assert_eq!(names(&filled), set(&["postgres.shop.orders"]));
+    assert_eq!(names(&toasted), set(&["postgres.shop.orders", "postgres.shop.orders (TOAST)"]));
+    assert_eq!(fates(&renamed), ["renamed postgres.shop.orders to postgres.shop.\"Old Orders\""]);
+    assert_eq!(fates(&again), ["created postgres.shop.orders"]);
+    assert_eq!(fates(&emptied), ["dropped postgres.public.plain", "truncated postgres.shop.orders"]);
+    assert_eq!(fates(&retyped), ["rewritten postgres.shop.orders"]);
+    assert_eq!(fates(&dropped), ["dropped postgres.shop.orders"]);
+    assert_eq!(
+        fates(&dropped_parted),
+        ["dropped postgres.public.parted", "dropped postgres.public.parted_1"]
+    );
+    assert_eq!(fates(&made), ["dropped postgres.shop.\"Old Orders\"", "created postgres.shop.orders"]);
+
+    let xids =
+        |args: &[&str]| site.log(0, args).iter().map(|t| text(t, "xid").to_owned()).collect::<Vec<_>>();
+    assert_eq!(xids(&["--dropped", "--relation", "shop.orders"]), std::slice::from_ref(&dropped));
+    assert_eq!(xids(&["--truncated", "--relation", "orders"]), std::slice::from_ref(&emptied));
+    assert_eq!(xids(&["--dropped", "--relation", "parted"]), [dropped_parted]);
+    assert_eq!(xids(&["--relation", "shop.\"Old Orders\""]), [renamed, made]);
+    let whole_database: Vec<_> = site
+        .log(0, &["--dropped"])
+        .into_iter()
+        .filter(|t| t["dropped_databases"][0]["name"] == "other")
+        .collect();
+    assert_eq!(whole_database.len(), 1);
+    let elsewhere = site.log(0, &["--database", "other"]);
+    assert!(
+        elsewhere.iter().any(|t| fates(text(t, "xid")) == ["created other.public.lost"]),
+        "{elsewhere:?}"
+    );
+    let numbers = site.log(0, &["--numbers", "--xid", &dropped]);
+    assert!(numbers[0].get("tables").is_none() && numbers[0]["relations"][0].get("name").is_none());
+    let said = site.waltide.ok(["log", "--dropped"]).stdout;
+    assert!(
+        said.contains("DROPPED postgres.shop.orders") && said.contains("DROPPED DATABASE other"),
+        "{said}"
+    );
+    site.waltide.fails(2, ["log", "--numbers", "--relation", "orders"]);
+}
+
+#[test]
+fn a_name_cannot_be_asked_for_where_there_is_no_backup() {
+    let site = Site::start("log-nameless", &[]);
+    site.cluster.query("create table t (id int); drop table t");
+    site.cluster.archive_all();
+    let output = site.waltide.fails(1, ["log", "--relation", "t"]);
+    assert_eq!(
+        output.stderr,
+        "waltide: names are read from a backup and the WAL behind it, and the archive has no backup on this line\n  \
+         hint: make one with `waltide backup`, or say the OID or the files\n"
+    );
+    assert_eq!(site.log(0, &["--dropped"]).len(), 1);
+}

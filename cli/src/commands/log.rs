@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 
 use waltide_format::archive::{Catalog, CommitKind, Lineage};
 use waltide_format::{TimelineId, TimestampTz, Xid};
-use waltide_replay::engines::postgres::ArchivedIndexes;
+use waltide_replay::engines::postgres::{ArchivedIndexes, ArchivedNames};
 use waltide_replay::log::{
-    DatabaseMatch, Log, LogFilter, LogSink, NamedRelation, Numbers, RelationDone, RelationMatch, Transaction,
+    DatabaseMatch, Log, LogFilter, LogSink, NamedRelation, Numbers, RelationDone, RelationMatch,
+    TableFateKind, Transaction,
 };
 
 use super::restore::time;
@@ -34,10 +35,10 @@ pub(crate) struct Args {
     /// This transaction, or the one it is a subtransaction of
     #[arg(long, value_name = "XID")]
     xid: Option<Xid>,
-    /// Touched this relation: its files as shown (1663/5/16384) or their number
+    /// Touched this relation: [[database.]schema.]table as in SQL, an OID, or files as shown (1663/5/16384)
     #[arg(long, value_name = "RELATION")]
     relation: Option<RelationMatch>,
-    /// In the database of this OID
+    /// In this database: its name or OID
     #[arg(long, value_name = "DATABASE")]
     database: Option<DatabaseMatch>,
     /// Dropped a relation, or the one that --relation names
@@ -55,6 +56,9 @@ pub(crate) struct Args {
     /// Along the line of this timeline instead of the newest
     #[arg(long, value_name = "TIMELINE")]
     timeline: Option<TimelineId>,
+    /// Show relations by number and do not look for their names in backups and the WAL behind them
+    #[arg(long)]
+    numbers: bool,
 }
 
 /// A size in PostgreSQL's units, which are powers of 1024.
@@ -87,17 +91,27 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         larger_than: args.larger_than,
         aborted: args.aborted,
     };
-    let source = ArchivedIndexes::new(archive);
-    let log = Log {
-        catalog: &catalog,
-        line: &line,
-        filter: &filter,
-        source: &source,
-        names: &Numbers,
-        threads: context.threads,
-    };
+    if filter.needs_names() && args.numbers {
+        return Err(Failure::usage("--numbers looks for no names, and a name is asked for"));
+    }
+    if filter.needs_names() && !catalog.backups.iter().any(|b| b.is_on(&line)) {
+        let text =
+            "names are read from a backup and the WAL behind it, and the archive has no backup on this line";
+        return Err(
+            Failure::message(1, text).hint("make one with `waltide backup`, or say the OID or the files")
+        );
+    }
+    let source = ArchivedIndexes::new(archive.clone());
+    let log =
+        Log { catalog: &catalog, line: &line, filter: &filter, source: &source, threads: context.threads };
     let mut printer = Printer { lines: Lines::new(), json: context.json, began: false };
-    let told = log.run(&mut printer).await;
+    let told = match args.numbers {
+        true => log.run(&mut Numbers, &mut printer).await,
+        false => {
+            let layout = layout.system(catalog.system.system_id);
+            log.run(&mut ArchivedNames::new(&archive, layout, &catalog, &line), &mut printer).await
+        }
+    };
     printer.lines.finish()?;
     let summary = told?;
     if summary.transactions == 0 && !context.json && !context.quiet {
@@ -171,15 +185,30 @@ fn what(t: &Transaction) -> String {
         },
         CommitKind::Commit | CommitKind::Prepare => {}
     }
-    for (word, list) in [
-        ("DROPPED", &t.dropped),
-        ("TRUNCATED", &t.truncated),
-        ("rewrote", &t.rewritten),
-        ("created", &t.created),
+    parts.extend(t.dropped_databases.iter().map(|d| format!("DROPPED DATABASE {d}")));
+    let of_users = t.tables.iter().filter(|table| !is_system(&table.name.schema));
+    parts.extend(of_users.map(|table| {
+        let to = table.to.as_ref().map(|to| format!(" to {to}")).unwrap_or_default();
+        format!("{} {}{to}", fate(table.event), table.name)
+    }));
+    for (kind, list) in [
+        (TableFateKind::Dropped, &t.dropped),
+        (TableFateKind::Truncated, &t.truncated),
+        (TableFateKind::Rewritten, &t.rewritten),
+        (TableFateKind::Created, &t.created),
     ] {
-        parts.extend(list.iter().map(|r: &NamedRelation| format!("{word} {r}")));
+        // Indexes and TOAST tables go with their table, and a database is made of copies of the template's.
+        let told = |r: &&NamedRelation| match &r.name {
+            Some(name) => t.tables.is_empty() && !is_system(&name.name.schema),
+            None => t.created_databases.is_empty(),
+        };
+        parts.extend(list.iter().filter(told).map(|r| format!("{} {r}", fate(kind))));
     }
-    let is_catalogue = |r: &&RelationDone| r.work.relation.rel_number < FIRST_NORMAL_OID;
+    parts.extend(t.created_databases.iter().map(|d| format!("created database {d}")));
+    let is_catalogue = |r: &&RelationDone| {
+        let named = r.name.as_ref().is_some_and(|n| n.toast_of.is_none() && is_system(&n.name.schema));
+        named || r.work.relation.rel_number < FIRST_NORMAL_OID
+    };
     let of_users = t.relations.iter().filter(|r| !is_catalogue(r));
     parts.extend(of_users.filter_map(|r| {
         let name = r.name.as_ref().map_or_else(|| r.work.relation.to_string(), ToString::to_string);
@@ -195,6 +224,21 @@ fn what(t: &Transaction) -> String {
         parts.push("(its beginning is not in the archive)".to_owned());
     }
     parts.join(", ")
+}
+
+/// Whether a schema is PostgreSQL's own.
+fn is_system(schema: &str) -> bool {
+    matches!(schema, "pg_catalog" | "pg_toast" | "information_schema")
+}
+
+const fn fate(kind: TableFateKind) -> &'static str {
+    match kind {
+        TableFateKind::Dropped => "DROPPED",
+        TableFateKind::Truncated => "TRUNCATED",
+        TableFateKind::Rewritten => "rewrote",
+        TableFateKind::Renamed => "renamed",
+        TableFateKind::Created => "created",
+    }
 }
 
 fn rows(inserted: u64, updated: u64, deleted: u64) -> Option<String> {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use waltide_format::archive::RelationWork;
+use waltide_format::engines::postgres::catalogue::{TableEvent, TableEventKind};
 use waltide_format::{Oid, RelFileLocator};
 
 /// The number of pg_class' first file in every database; it gets another by VACUUM FULL only.
@@ -36,18 +37,31 @@ pub(super) struct Fates {
     pub(super) rewritten: Vec<RelFileLocator>,
 }
 
-/// Judges the files of one transaction. `oid_of` tells whose a file was, where that is known.
-pub(super) fn fates(evidence: &Evidence<'_>, oid_of: impl Fn(RelFileLocator) -> Option<Oid>) -> Fates {
+/// Judges the files of one transaction. `oid_of` tells whose a file was, where that is known, and `events` what became
+/// of tables.
+pub(super) fn fates(
+    evidence: &Evidence<'_>,
+    oid_of: impl Fn(RelFileLocator) -> Option<Oid>,
+    events: &[TableEvent],
+) -> Fates {
     // What came and went with the transaction was never there for anybody else.
     let without = |files: &[RelFileLocator], others: &[RelFileLocator]| -> Vec<_> {
         files.iter().filter(|file| !others.contains(file)).copied().collect()
     };
     let (gone, made) = (without(evidence.gone, evidence.made), without(evidence.made, evidence.gone));
     let evidence = &Evidence { gone: &gone, made: &made, ..*evidence };
-    let pairs = pairs(evidence, oid_of);
+    let pairs = pairs(evidence, &oid_of);
+    let became = |file: RelFileLocator| {
+        let oid = oid_of(file)?;
+        let is_it = |e: &&TableEvent| (e.database, e.oid) == (file.db_oid, oid);
+        events.iter().filter(is_it).find(|e| !matches!(e.kind, TableEventKind::Renamed { .. }))
+    };
     let mut fates = Fates::default();
     for gone in evidence.gone {
+        let kind = became(*gone).map(|event| &event.kind);
         match pairs.iter().find(|(old, _)| old == gone) {
+            _ if kind == Some(&TableEventKind::Truncated) => fates.truncated.push(*gone),
+            _ if kind == Some(&TableEventKind::Rewritten) => fates.rewritten.push(*gone),
             Some((old, Some(new))) if is_emptied(evidence, *old, *new) => fates.truncated.push(*gone),
             Some(_) => fates.rewritten.push(*gone),
             None => fates.dropped.push(*gone),
@@ -63,7 +77,7 @@ pub(super) fn fates(evidence: &Evidence<'_>, oid_of: impl Fn(RelFileLocator) -> 
 /// The files that went while their relation stayed, each with the new one where it is known.
 fn pairs(
     evidence: &Evidence<'_>,
-    oid_of: impl Fn(RelFileLocator) -> Option<Oid>,
+    oid_of: &impl Fn(RelFileLocator) -> Option<Oid>,
 ) -> Vec<(RelFileLocator, Option<RelFileLocator>)> {
     let (gone, made) = (evidence.gone, evidence.made);
     if made.is_empty() {
@@ -135,7 +149,7 @@ mod tests {
             emptied: &[],
             truncate_logged: false,
         };
-        let Fates { created, dropped, truncated, rewritten } = fates(&evidence, oid_of);
+        let Fates { created, dropped, truncated, rewritten } = fates(&evidence, oid_of, &[]);
         [created, dropped, truncated, rewritten].map(|list| list.iter().map(|f| f.rel_number).collect())
     }
 
@@ -204,7 +218,7 @@ mod tests {
             emptied: &[file(30), file(40)],
             truncate_logged: false,
         };
-        let found = fates(&evidence, |_| None);
+        let found = fates(&evidence, |_| None, &[]);
         assert_eq!(
             (found.created, found.truncated),
             (vec![file(30)], vec![file(30)]),

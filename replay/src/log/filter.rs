@@ -2,11 +2,12 @@
 
 use std::str::FromStr;
 
-use waltide_format::archive::{SegmentIndex, SegmentInfo, XactEnd};
+use waltide_format::archive::{FileEventKind, SegmentIndex, SegmentInfo, XactEnd};
+use waltide_format::engines::postgres::catalogue::{TablePattern, TablePatternError};
 use waltide_format::{Oid, RelFileLocator, TimestampTz, Xid};
 
 use super::join::Ended;
-use super::transaction::{NamedRelation, Transaction};
+use super::transaction::{NamedRelation, TableFate, TableFateKind, Transaction};
 
 /// Which transactions are wanted. All of them unless said; what is said must all hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub enum RelationMatch {
     Files(RelFileLocator),
     /// By its files' number, or by its OID.
     Number(Oid),
+    /// By name. Of a TOAST table, its table's is meant too.
+    Name(TablePattern),
 }
 
 /// How a database is named.
@@ -45,6 +48,8 @@ pub enum RelationMatch {
 pub enum DatabaseMatch {
     /// By its OID.
     Oid(Oid),
+    /// By name.
+    Name(String),
 }
 
 impl RelationMatch {
@@ -55,31 +60,60 @@ impl RelationMatch {
                 relation.relation.rel_number == *number
                     || relation.name.as_ref().is_some_and(|name| name.oid == *number)
             }
+            Self::Name(pattern) => relation.name.as_ref().is_some_and(|known| {
+                pattern.matches(&known.name) || known.toast_of.as_ref().is_some_and(|t| pattern.matches(t))
+            }),
         }
+    }
+
+    fn is_table(&self, fate: &TableFate) -> bool {
+        match self {
+            Self::Files(_) => false,
+            Self::Number(number) => fate.oid == *number,
+            Self::Name(pattern) => {
+                pattern.matches(&fate.name) || fate.to.as_ref().is_some_and(|to| pattern.matches(to))
+            }
+        }
+    }
+
+    /// Whether it can only be found where names are known.
+    const fn is_name(&self) -> bool {
+        matches!(self, Self::Name(_))
     }
 }
 
 impl FromStr for RelationMatch {
-    type Err = String;
+    type Err = TablePatternError;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let number = s.parse().map(Self::Number);
-        let found = number.ok().or_else(|| s.parse().ok().map(Self::Files));
-        found.ok_or_else(|| {
-            format!("{s:?} is no relation: say 16384 or 1663/5/16384, as `waltide log` shows it")
-        })
+        let files = number.ok().or_else(|| s.parse().ok().map(Self::Files));
+        files.map_or_else(|| s.parse().map(Self::Name), Ok)
     }
 }
 
 impl FromStr for DatabaseMatch {
-    type Err = String;
+    type Err = std::convert::Infallible;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        s.parse().map(Self::Oid).map_err(|_| format!("{s:?} is no database: say its OID"))
+        Ok(s.parse().map_or_else(|_| Self::Name(s.to_owned()), Self::Oid))
+    }
+}
+
+impl DatabaseMatch {
+    /// Whether it can only be found where names are known.
+    const fn is_name(&self) -> bool {
+        matches!(self, Self::Name(_))
     }
 }
 
 impl LogFilter {
+    /// Whether it asks for a name, so that nothing is found where names are not known.
+    pub fn needs_names(&self) -> bool {
+        self.relation.as_ref().is_some_and(RelationMatch::is_name)
+            || self.database.as_ref().is_some_and(DatabaseMatch::is_name)
+    }
+
     /// Whether a moment is in the range.
     pub(super) fn covers(&self, time: TimestampTz) -> bool {
         self.since.is_none_or(|since| since <= time) && self.until.is_none_or(|until| time <= until)
@@ -91,8 +125,8 @@ impl LogFilter {
             (Some(min), Some(max)) => {
                 self.since.is_none_or(|since| since <= max) && self.until.is_none_or(|until| min <= until)
             }
-            // A commit over the edge may be in nobody's index.
-            _ => info.continued_bytes > 0 && !info.head_joined || !self.is_narrow(),
+            // A commit over the edge may be in nobody's index; the commit that ends a database may come in the next.
+            _ => info.continued_bytes > 0 && !info.head_joined || !self.is_narrow() || self.dropped,
         }
     }
 
@@ -108,7 +142,14 @@ impl LogFilter {
     /// The same by its index.
     pub(super) fn may_end_by(&self, index: &SegmentIndex) -> bool {
         let open = index.info.continued_bytes > 0 && !index.info.head_joined;
-        open || index.xacts.iter().any(|end| self.may_be(end))
+        let drops = |end: &XactEnd| !self.dropped || !end.dropped.is_empty();
+        open || index.xacts.iter().any(|end| self.may_be(end) && drops(end))
+    }
+
+    /// Whether a wanted transaction may end in this segment or the next, for what it did in this one: the commit that
+    /// ends a database lists no files.
+    pub(super) fn may_end_soon(&self, index: &SegmentIndex) -> bool {
+        self.dropped && index.file_events.iter().any(|e| matches!(e.kind, FileEventKind::DatabaseDrop { .. }))
     }
 
     fn may_be(&self, end: &XactEnd) -> bool {
@@ -116,7 +157,6 @@ impl LogFilter {
         end.kind.is_end()
             && self.covers(end.time)
             && self.xid.is_none_or(is_wanted)
-            && (!self.dropped || self.truncated || !end.dropped.is_empty())
             && (self.aborted || end.kind.is_commit())
     }
 
@@ -124,24 +164,36 @@ impl LogFilter {
     pub(super) fn wants(&self, ended: &Ended) -> bool {
         self.may_be(&ended.end)
             && self.larger_than.is_none_or(|bytes| ended.work.volume.wal_bytes > bytes)
-            && self.database.as_ref().is_none_or(|DatabaseMatch::Oid(oid)| ended.end.db_oid == Some(*oid))
+            && match &self.database {
+                Some(DatabaseMatch::Oid(oid)) => ended.end.db_oid == Some(*oid),
+                Some(DatabaseMatch::Name(_)) | None => true,
+            }
     }
 
     /// The rest.
     pub(super) fn takes(&self, transaction: &Transaction) -> bool {
-        let is = |relation: &&NamedRelation| self.relation.as_ref().is_none_or(|r| r.is(relation));
-        let Transaction { dropped, truncated, created, rewritten, .. } = transaction;
-        if self.dropped || self.truncated {
-            return self.dropped && dropped.iter().any(|r| is(&r))
-                || self.truncated && truncated.iter().any(|r| is(&r));
+        if let Some(DatabaseMatch::Name(name)) = &self.database
+            && transaction.database_name.as_ref() != Some(name)
+        {
+            return false;
         }
-        let touched = transaction
-            .relations
-            .iter()
-            .map(|r| NamedRelation { relation: r.work.relation, name: r.name.clone() });
+        let is = |r: &NamedRelation| self.relation.as_ref().is_none_or(|wanted| wanted.is(r));
+        let is_table = |t: &TableFate| self.relation.as_ref().is_none_or(|wanted| wanted.is_table(t));
+        let Transaction { dropped, truncated, created, rewritten, tables, .. } = transaction;
+        let became = |kind| tables.iter().any(|t: &TableFate| t.event == kind && is_table(t));
+        if self.dropped || self.truncated {
+            let database_went = self.relation.is_none() && !transaction.dropped_databases.is_empty();
+            let dropped = dropped.iter().any(is) || became(TableFateKind::Dropped) || database_went;
+            let truncated = truncated.iter().any(is) || became(TableFateKind::Truncated);
+            return self.dropped && dropped || self.truncated && truncated;
+        }
+        let touched = |r: &super::transaction::RelationDone| {
+            is(&NamedRelation { relation: r.work.relation, name: r.name.clone() })
+        };
         self.relation.is_none()
-            || [dropped, truncated, created, rewritten].into_iter().flatten().any(|r| is(&r))
-            || touched.into_iter().any(|r| is(&&r))
+            || tables.iter().any(is_table)
+            || [dropped, truncated, created, rewritten].into_iter().flatten().any(is)
+            || transaction.relations.iter().any(touched)
     }
 }
 
@@ -177,7 +229,9 @@ mod tests {
         let files = RelFileLocator { spc_oid: 1663, db_oid: 5, rel_number: 16384 };
         assert_eq!("1663/5/16384".parse(), Ok(RelationMatch::Files(files)));
         assert_eq!("16384".parse(), Ok(RelationMatch::Number(16384)));
-        let err = "a/b".parse::<RelationMatch>().unwrap_err();
-        assert_eq!(err, "\"a/b\" is no relation: say 16384 or 1663/5/16384, as `waltide log` shows it");
+        let by_name = "shop.public.orders".parse::<RelationMatch>().unwrap();
+        assert!(by_name.is_name() && !"16384".parse::<RelationMatch>().unwrap().is_name());
+        assert!("a.b.c.d".parse::<RelationMatch>().is_err());
+        assert_eq!("5".parse(), Ok(DatabaseMatch::Oid(5)));
     }
 }

@@ -38,6 +38,10 @@ pub(super) struct Effects {
     pub(super) emptied: Vec<RelFileLocator>,
     /// What TRUNCATE named, where the log says so.
     pub(super) truncates: Vec<TruncatedOid>,
+    /// Databases made.
+    pub(super) created_databases: Vec<Oid>,
+    /// Databases dropped.
+    pub(super) dropped_databases: Vec<Oid>,
 }
 
 impl Effects {
@@ -45,6 +49,8 @@ impl Effects {
         self.made.extend(other.made);
         self.emptied.extend(other.emptied);
         self.truncates.extend(other.truncates);
+        self.created_databases.extend(other.created_databases);
+        self.dropped_databases.extend(other.dropped_databases);
     }
 
     fn make(&mut self, at: Lsn, relation: RelFileLocator) {
@@ -148,6 +154,15 @@ impl Joiner {
                 }
                 FileEventKind::Truncate { relation, blocks: 0, .. } if !event.xid.is_invalid() => {
                     self.open.entry(event.xid.get()).or_default().effects.emptied.push(relation);
+                }
+                FileEventKind::DatabaseCopy { to: (_, oid), .. }
+                | FileEventKind::DatabaseCreate { database: (_, oid) }
+                    if !event.xid.is_invalid() =>
+                {
+                    self.open.entry(event.xid.get()).or_default().effects.created_databases.push(oid);
+                }
+                FileEventKind::DatabaseDrop { db_oid, .. } if !event.xid.is_invalid() => {
+                    self.open.entry(event.xid.get()).or_default().effects.dropped_databases.push(db_oid);
                 }
                 _ => {}
             }

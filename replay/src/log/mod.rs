@@ -16,15 +16,18 @@ use futures_util::StreamExt as _;
 use waltide_format::archive::{Catalog, Lineage, SegmentEntry, SegmentIndex, Step, Stretch};
 use waltide_format::engines::postgres::detail::Telling;
 use waltide_format::engines::postgres::wal::{Damage, PreviousTail};
-use waltide_format::{Oid, RelFileLocator};
+use waltide_format::{Lsn, Oid, RelFileLocator};
 
 use fates::{Evidence, Fates, fates};
-use join::{Ended, Joiner};
+use join::{Effects, Ended, Joiner};
 use windows::{LookBack, Windows};
 
 pub use filter::{DatabaseMatch, LogFilter, RelationMatch};
 pub use names::{Names, Numbers, RelationName};
-pub use transaction::{NamedRelation, Prepared, RelationCounts, RelationDone, Transaction};
+pub use transaction::{
+    NamedDatabase, NamedRelation, Prepared, RelationCounts, RelationDone, TableFate, TableFateKind,
+    Transaction,
+};
 
 /// Memory for segments that are being read, all threads together.
 const SEGMENT_MEMORY_BYTES: u64 = 1 << 30;
@@ -72,7 +75,7 @@ pub trait LogSink {
 
 /// What to tell, and out of what.
 #[derive(Debug)]
-pub struct Log<'a, S, N> {
+pub struct Log<'a, S> {
     /// The archive's content.
     pub catalog: &'a Catalog,
     /// Along which timelines.
@@ -81,8 +84,6 @@ pub struct Log<'a, S, N> {
     pub filter: &'a LogFilter,
     /// Where segments are read.
     pub source: &'a S,
-    /// What relations are called.
-    pub names: &'a N,
     /// How many segments are read at a time.
     pub threads: usize,
 }
@@ -113,20 +114,24 @@ impl<K: LogSink> Course<'_, K> {
     }
 }
 
-impl<S: Tellings, N: Names> Log<'_, S, N> {
-    /// Tells the transactions to `sink`.
-    pub async fn run(&self, sink: &mut impl LogSink) -> Result<LogSummary, S::Error> {
+impl<S: Tellings> Log<'_, S> {
+    /// Tells the transactions to `sink`, with what `names` knows.
+    pub async fn run(&self, names: &mut impl Names, sink: &mut impl LogSink) -> Result<LogSummary, S::Error> {
         let mut course = Course { sink, joiner: Joiner::default(), summary: LogSummary::default() };
         let stretches = self.catalog.stretches(self.line);
         let mut told_up_to_hole = false;
         for (nth, stretch) in stretches.iter().enumerate() {
             let steps = &stretch.run.steps;
-            for window in self.windows(steps).await? {
+            let windows = self.windows(steps).await?;
+            let last = windows.last().and_then(|w| steps.get(w.end.checked_sub(1)?));
+            let until = last.map_or(Lsn::ZERO, |step| step.usable_end);
+            for window in windows {
                 if window.start > 0 || !told_up_to_hole {
                     course.joiner = Joiner::default();
                 }
                 told_up_to_hole = window.end == steps.len();
-                if self.window(steps.get(window).unwrap_or_default(), &mut course).await?.is_break() {
+                let segments = steps.get(window).unwrap_or_default();
+                if self.window(segments, until, names, &mut course).await?.is_break() {
                     return Ok(course.summary);
                 }
             }
@@ -157,24 +162,23 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
         let judged = futures_util::stream::iter(candidates).map(|(nth, step)| self.judged(nth, step));
         let mut candidates = std::pin::pin!(judged.buffered(self.at_once()));
         while let Some(candidate) = candidates.next().await {
-            let (nth, wanted) = candidate?;
-            if !wanted {
-                continue;
-            }
+            let (nth, Some(last)) = candidate? else { continue };
             let from =
                 if windows.continues(nth) { nth } else { self.look_back(steps, nth, windows.end()).await? };
-            windows.add(from, nth);
+            windows.add(from, last.min(steps.len().saturating_sub(1)));
         }
         Ok(windows.into_ranges())
     }
 
-    async fn judged(&self, nth: usize, step: &Step<'_>) -> Result<(usize, bool), S::Error> {
+    /// A segment, and the last one in which a wanted transaction may end because of it.
+    async fn judged(&self, nth: usize, step: &Step<'_>) -> Result<(usize, Option<usize>), S::Error> {
         if !self.filter.needs_index() {
-            return Ok((nth, true));
+            return Ok((nth, Some(nth)));
         }
         match self.source.segment_index(step.entry).await {
-            Ok(index) => Ok((nth, self.filter.may_end_by(&index))),
-            Err(e) if self.source.is_damage(&e) => Ok((nth, true)),
+            Ok(index) if self.filter.may_end_soon(&index) => Ok((nth, Some(nth.saturating_add(1)))),
+            Ok(index) => Ok((nth, self.filter.may_end_by(&index).then_some(nth))),
+            Err(e) if self.source.is_damage(&e) => Ok((nth, Some(nth))),
             Err(e) => Err(e),
         }
     }
@@ -204,6 +208,8 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
     async fn window(
         &self,
         steps: &[Step<'_>],
+        until: Lsn,
+        names: &mut impl Names,
         course: &mut Course<'_, impl LogSink>,
     ) -> Result<ControlFlow<()>, S::Error> {
         let parts = futures_util::stream::iter(steps).map(|step| self.source.read(step));
@@ -224,13 +230,14 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
             if let Some(torn) = torn {
                 course.hole(&format!("{name} does not continue the segment before: {torn}"));
             }
+            names.come_to(step.start(), until).await;
             tail = telling.tail.take();
             let damage = telling.damage.take();
             for ended in course.joiner.add(telling) {
                 if !self.filter.wants(&ended) {
                     continue;
                 }
-                let transaction = self.transaction(ended);
+                let transaction = self.transaction(ended, names);
                 if self.filter.takes(&transaction) {
                     course.summary.transactions = course.summary.transactions.saturating_add(1);
                     if course.sink.transaction(transaction).is_break() {
@@ -245,9 +252,9 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
         Ok(ControlFlow::Continue(()))
     }
 
-    fn transaction(&self, ended: Ended) -> Transaction {
+    fn transaction(&self, ended: Ended, names: &impl Names) -> Transaction {
         let Ended { end, top, prepared, complete, work, effects } = ended;
-        let name = |file: RelFileLocator| self.names.relation(file, end.start, end.xid);
+        let name = |file: RelFileLocator| names.relation(file, end.start);
         let made: Vec<_> = effects.made.iter().map(|(_, file)| *file).collect();
         let evidence = Evidence {
             gone: &end.dropped,
@@ -257,7 +264,7 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
             truncate_logged: !effects.truncates.is_empty(),
         };
         let judged = match end.kind.is_commit() {
-            true => fates(&evidence, |file| name(file).map(|name| name.oid)),
+            true => fates(&evidence, |file| name(file).map(|name| name.oid), names.events(end.start)),
             // What it had made went again, and nothing else.
             false => Fates::default(),
         };
@@ -268,7 +275,13 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
             let work = RelationCounts::from(work);
             RelationDone { name: name(work.relation), work }
         };
-        let database_name = |oid: Oid| self.names.database(oid, end.start);
+        let database_name = |oid: Oid| names.database(oid, end.start);
+        // A database that moves to another tablespace is made there and dropped here.
+        let databases = |these: &[Oid], others: &[Oid]| -> Vec<NamedDatabase> {
+            let here = these.iter().filter(|oid| end.kind.is_commit() && !others.contains(oid));
+            here.map(|oid| NamedDatabase { oid: *oid, name: database_name(*oid) }).collect()
+        };
+        let Effects { created_databases, dropped_databases, .. } = &effects;
         Transaction {
             xid: end.xid,
             top,
@@ -284,6 +297,9 @@ impl<S: Tellings, N: Names> Log<'_, S, N> {
             volume: work.volume,
             complete,
             relations: work.relations.iter().map(done).collect(),
+            tables: names.events(end.start).iter().map(TableFate::from).collect(),
+            created_databases: databases(created_databases, dropped_databases),
+            dropped_databases: databases(dropped_databases, created_databases),
             created: named(judged.created),
             dropped: named(judged.dropped),
             truncated: named(judged.truncated),

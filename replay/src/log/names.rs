@@ -1,33 +1,64 @@
-//! The seam to the catalogues: which relation a file was.
+//! The seam to the catalogues: which relation a file was, and what became of tables.
 
 use std::fmt;
 
-use serde::Serialize;
-use waltide_format::{Lsn, Oid, RelFileLocator, Xid};
+use serde::{Serialize, Serializer};
+use waltide_format::engines::postgres::catalogue::{NamedRelation as Known, TableEvent, TableName};
+use waltide_format::{Lsn, Oid, RelFileLocator};
 
 /// What a file belonged to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RelationName {
     /// `pg_class.oid`, which stays the same when the relation gets other files.
     pub oid: Oid,
-    /// `database.schema.relation`.
-    pub name: String,
+    /// `database.schema.relation`, as SQL writes it.
+    #[serde(serialize_with = "as_text")]
+    pub name: TableName,
+    /// The table whose long values it holds, where it is a TOAST table.
+    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub toast_of: Option<TableName>,
+}
+
+impl From<Known> for RelationName {
+    fn from(known: Known) -> Self {
+        let Known { oid, name, toast_of, .. } = known;
+        Self { oid, name, toast_of }
+    }
 }
 
 impl fmt::Display for RelationName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)
+        match &self.toast_of {
+            Some(table) => write!(f, "{table} (TOAST)"),
+            None => self.name.fmt(f),
+        }
     }
 }
 
-/// Says what files and databases were called.
-pub trait Names: Sync {
-    /// The relation that `file` held or, where it had got another by then, had held last, under the name that
-    /// transaction `xid` knew it by just before the record at `before`.
-    fn relation(&self, file: RelFileLocator, before: Lsn, xid: Xid) -> Option<RelationName>;
+pub(super) fn as_text<S: Serializer>(name: &TableName, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_str(name)
+}
 
-    /// A database's name just before the record at `before`.
-    fn database(&self, oid: Oid, before: Lsn) -> Option<String>;
+pub(super) fn as_optional_text<S: Serializer>(name: &Option<TableName>, s: S) -> Result<S::Ok, S::Error> {
+    match name {
+        Some(name) => s.collect_str(name),
+        None => s.serialize_none(),
+    }
+}
+
+/// Says what files and databases were called, and what became of tables.
+pub trait Names {
+    /// The log has come to `at` and will go on to `until` at least.
+    fn come_to(&mut self, at: Lsn, until: Lsn) -> impl Future<Output = ()>;
+
+    /// The relation that `file` held just before the record at `commit` or, where that commits it, just after.
+    fn relation(&self, file: RelFileLocator, commit: Lsn) -> Option<RelationName>;
+
+    /// A database's name.
+    fn database(&self, oid: Oid, commit: Lsn) -> Option<String>;
+
+    /// What became of tables with the transaction whose commit record starts there.
+    fn events(&self, commit: Lsn) -> &[TableEvent];
 }
 
 /// Knows none: everything is shown by number.
@@ -35,11 +66,17 @@ pub trait Names: Sync {
 pub struct Numbers;
 
 impl Names for Numbers {
-    fn relation(&self, _: RelFileLocator, _: Lsn, _: Xid) -> Option<RelationName> {
+    async fn come_to(&mut self, _: Lsn, _: Lsn) {}
+
+    fn relation(&self, _: RelFileLocator, _: Lsn) -> Option<RelationName> {
         None
     }
 
     fn database(&self, _: Oid, _: Lsn) -> Option<String> {
         None
+    }
+
+    fn events(&self, _: Lsn) -> &[TableEvent] {
+        &[]
     }
 }

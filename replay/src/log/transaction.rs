@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 use waltide_format::archive::{CommitKind, RelationWork, Volume};
+use waltide_format::engines::postgres::catalogue::{TableEvent, TableEventKind, TableName};
 use waltide_format::{Lsn, Oid, RelFileLocator, TimelineId, TimestampTz, Xid};
 
-use super::names::RelationName;
+use super::names::{RelationName, as_optional_text, as_text};
 
 /// A transaction that ended, with its subtransactions' work; what a savepoint rolled back is not in it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -44,6 +45,13 @@ pub struct Transaction {
     pub complete: bool,
     /// The relations whose blocks it changed.
     pub relations: Vec<RelationDone>,
+    /// What became of tables, views and sequences, by name; nothing where names are not known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<TableFate>,
+    /// Databases it made.
+    pub created_databases: Vec<NamedDatabase>,
+    /// Databases it dropped, with all that was in them.
+    pub dropped_databases: Vec<NamedDatabase>,
     /// Relations it made.
     pub created: Vec<NamedRelation>,
     /// Relations it dropped, by the files that went.
@@ -61,6 +69,68 @@ pub struct Prepared {
     pub lsn: Lsn,
     /// When.
     pub time: TimestampTz,
+}
+
+/// What became of a table, view or sequence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TableFate {
+    /// What.
+    pub event: TableFateKind,
+    /// `pg_class.oid`.
+    pub oid: Oid,
+    /// Its name, before.
+    #[serde(serialize_with = "as_text")]
+    pub name: TableName,
+    /// Its name from then on, where it got another.
+    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub to: Option<TableName>,
+}
+
+/// What can become of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TableFateKind {
+    /// It was made.
+    Created,
+    /// It got another name, or went to another schema.
+    Renamed,
+    /// It moved to new files with its rows.
+    Rewritten,
+    /// It was emptied.
+    Truncated,
+    /// It was dropped.
+    Dropped,
+}
+
+impl From<&TableEvent> for TableFate {
+    fn from(event: &TableEvent) -> Self {
+        let (kind, to) = match &event.kind {
+            TableEventKind::Created => (TableFateKind::Created, None),
+            TableEventKind::Renamed { to } => (TableFateKind::Renamed, Some(to.clone())),
+            TableEventKind::Rewritten => (TableFateKind::Rewritten, None),
+            TableEventKind::Truncated => (TableFateKind::Truncated, None),
+            TableEventKind::Dropped { .. } => (TableFateKind::Dropped, None),
+        };
+        Self { event: kind, oid: event.oid, name: event.table.clone(), to }
+    }
+}
+
+/// A database, by number and, where it is known, by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NamedDatabase {
+    /// Its OID.
+    pub oid: Oid,
+    /// Its name.
+    pub name: Option<String>,
+}
+
+impl std::fmt::Display for NamedDatabase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.name {
+            Some(name) => f.write_str(name),
+            None => self.oid.fmt(f),
+        }
+    }
 }
 
 /// A relation, by its files and, where it is known, by name.

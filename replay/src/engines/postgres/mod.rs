@@ -6,6 +6,7 @@ mod fetch;
 mod find_moment;
 mod indexes;
 mod install;
+mod log_names;
 pub(crate) mod merged;
 mod names;
 mod pages;
@@ -24,6 +25,7 @@ pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
 pub use find_moment::{MomentError, Searched, find_moment};
 pub use indexes::{ArchivedIndexes, SearchError};
 pub use install::{InstallError, Installation, ServerUser};
+pub use log_names::ArchivedNames;
 pub use names::{Followed, NamesError, follow};
 pub use queue::{ReadAhead, Wanted};
 pub use restore::{

@@ -197,6 +197,14 @@ impl Names {
         self.mapped_relation(file.db_oid, oid, at)
     }
 
+    /// A database's name when the record at `at` starts, else just after it, else the last it had.
+    pub fn database(&self, oid: Oid, at: Lsn) -> Option<&str> {
+        let spans = self.databases.get(&oid)?;
+        let held = |lsn| spans.iter().rev().find(|span| span.holds_before(lsn));
+        let span = held(at).or_else(|| held(at.saturating_add(1))).or(spans.last())?;
+        Some(&span.row.name)
+    }
+
     fn is_file(&self, span: &Span<ClassRow>, file: RelFileLocator) -> bool {
         let row = &span.row;
         let own = || self.databases.get(&file.db_oid).into_iter().flatten();
