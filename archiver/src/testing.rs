@@ -97,6 +97,7 @@ pub(crate) fn backup(timeline: u32, number: u64, span: u64) -> BackupEntry {
         directories: vec![],
         files: vec![],
         damaged_pages: vec![],
+        chain: None,
         stats: ManifestStats::default(),
     };
     BackupEntry { head, files: 0, keep: None }

@@ -292,6 +292,7 @@ impl Verify<'_> {
             begins.filter_map(|run| catalog.segment_before(run.steps.first()?.entry.info.name)).collect();
         let mut heads: Vec<KeptHead> =
             since.map(|head| KeptHead { head, by: SINCE.to_owned() }).into_iter().collect();
+        heads.extend(catalog.manifest_heads().map(|(id, head)| KeptHead { head, by: names.manifest(id) }));
         let mut links = Vec::new();
         for object in self.archive.list(&names.merged()).await? {
             let Some(name) = names.parse_merged(&object.path) else { continue };

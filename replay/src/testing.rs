@@ -99,6 +99,7 @@ pub(crate) fn manifest(system: u64, salt: u16) -> Manifest {
         directories: Vec::new(),
         files: Vec::new(),
         damaged_pages: Vec::new(),
+        chain: None,
         stats: ManifestStats::default(),
     }
 }

@@ -16,6 +16,8 @@ use waltide_format::WalFileName;
 use waltide_format::archive::{Catalog, ChainHead, MergedObject};
 use waltide_replay::Verify;
 use waltide_storage::{Archive, Faults, NoProgress};
+use waltide_tests::stored::Stored;
+use waltide_tests::{Cluster, Scratch, Waltide, poll_until};
 
 /// Segments on timeline 1 that follow one another, and nothing else.
 async fn of_segments(numbers: std::ops::Range<u64>) -> Sample {
@@ -397,4 +399,87 @@ async fn a_swapped_and_a_duplicated_segment_are_named() {
     for path in [a, b] {
         assert!(faults.iter().any(|(name, _)| path.ends_with(name)), "{path}: {faults:?}");
     }
+}
+
+#[test]
+fn a_real_cluster_is_indexed_by_backup_and_watch_through_kills_and_its_chain_is_proved() {
+    let scratch = Scratch::new("merged");
+    let archive = scratch.dir("archive");
+    let waltide = Waltide::new(&scratch).archive(&archive).env("XDG_CACHE_HOME", scratch.dir("cache"));
+    let command = waltide.archive_command();
+    let mut cluster =
+        Cluster::builder("db").scratch(&scratch).segment_mb(1).archive_command(&command).create();
+    let data_dir = cluster.data_dir().to_str().unwrap().to_owned();
+    waltide.ok(["init", "--data-dir", &data_dir]);
+    cluster.start();
+    waltide.ok(["backup", "--data-dir", &data_dir]);
+    cluster.query("create table t (n int, filler text)");
+    for n in 0..12 {
+        cluster.query(&format!("create table gone_{n} as select generate_series(1, 1000)"));
+        cluster.query("insert into t select n, repeat('x', 40) from generate_series(1, 30000) n");
+        cluster.query(&format!("update t set n = n + 1 where n % 7 = 0; drop table gone_{n}"));
+    }
+    let xid = cluster.query("insert into t values (0, 'the one') returning pg_current_xact_id()");
+    cluster.query("insert into t select n from generate_series(1, 60000) n");
+    cluster.archive_all();
+    waltide.ok(["backup", "--data-dir", &data_dir]);
+
+    let stored = Stored::of(&cluster, &archive);
+    let place = stored.path(&stored.names().merged());
+    let listed = || {
+        // A killed builder leaves a file that no reader sees.
+        let whole =
+            |e: std::io::Result<std::fs::DirEntry>| !e.unwrap().file_name().to_string_lossy().contains('#');
+        place
+            .join("00000001/16")
+            .read_dir()
+            .map_or(0, |dir| dir.filter_map(|e| whole(e).then_some(())).count())
+    };
+    let made = listed();
+    assert!(made >= 2, "backup makes what is missing, and made {made}");
+    waltide.ok(["index"]);
+    let made = listed();
+    let whole = waltide.json(["verify", "--chain"]);
+    assert_eq!(whole["faults"], serde_json::json!([]));
+    let head = whole["chains"][0]["head"].as_str().unwrap().to_owned();
+    assert!(whole["chains"][0]["kept_heads"].as_u64().unwrap() >= 3, "merged indexes and manifests: {whole}");
+
+    // The same plan with and without them, and nothing that a killed builder leaves matters.
+    let plan = |cache: &str| {
+        let args = ["restore", "--dry-run", "--target-xid", xid.trim(), "--data-dir"];
+        let to = scratch.join("nowhere");
+        let told = waltide.json(args.into_iter().chain([
+            to.to_str().unwrap(),
+            "--cache",
+            scratch.join(cache).to_str().unwrap(),
+        ]));
+        told["plan"].clone()
+    };
+    let with = plan("first");
+    let forget = || std::fs::remove_dir_all(&place).unwrap();
+    forget();
+    assert_eq!(plan("second"), with);
+    for pause in [0, 10, 20, 40, 60, 80, 120] {
+        let running = waltide.spawn(["index"]);
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        running.kill9();
+    }
+    let indexed = waltide.json(["index"]);
+    assert_eq!(listed(), made, "{indexed}");
+    assert_eq!(waltide.json(["verify", "--chain", "--since", &head])["faults"], serde_json::json!([]));
+    assert_eq!(plan("third"), with);
+
+    forget();
+    let watch = waltide.spawn(["watch", "--data-dir", &data_dir]);
+    poll_until("the watch merges", std::time::Duration::from_secs(60), || (listed() == made).then_some(()));
+    watch.terminate().assert_ok();
+    waltide.ok(["verify", "--quick"]);
+
+    // Whoever takes the newest segments away leaves no hole behind.
+    let last = head.split("..").nth(1).unwrap().split(':').next().unwrap();
+    let path = stored.path(&stored.names().wal_file(last.parse().unwrap()));
+    std::fs::remove_file(&path).unwrap();
+    let found = waltide.json_with_status(3, ["verify", "--chain", "--since", &head]);
+    let object = found["faults"].as_array().unwrap().iter().map(|f| f["object"].as_str().unwrap());
+    assert!(object.into_iter().any(|object| object.ends_with(last)), "{found}");
 }

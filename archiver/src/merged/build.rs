@@ -7,12 +7,13 @@ use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use waltide_format::Corrupt;
 use waltide_format::archive::{
-    Catalog, ChainHead, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName,
+    Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName,
     MergedObject, SegmentDirectory, SegmentEntry, SegmentIndex, SystemLayout,
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
-use super::read::{ListedIndex, list, summary};
+use super::chain::anchors;
+use super::read::{ListedIndex, list};
 
 /// Most indexes lie in this much of their object's end.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -95,7 +96,7 @@ impl Merging<'_> {
     pub async fn run(&self) -> Result<Indexed, MergeError> {
         let names = self.layout.system(self.catalog.system.system_id);
         let mut listed = list(self.archive, &names).await?;
-        let anchors = self.anchors(&listed).await?;
+        let anchors = anchors(self.archive, self.catalog, &listed).await?;
         let groups = self.catalog.merge_groups(&anchors);
         let mut indexed = Indexed::default();
         self.progress.phase("index", None);
@@ -130,40 +131,6 @@ impl Merging<'_> {
         indexed.skipped.sort_by(|a, b| a.path.cmp(&b.path));
         indexed.skipped.dedup();
         Ok(indexed)
-    }
-
-    /// Heads that were written down where a run begins now: prune may have removed what came before.
-    async fn anchors(&self, listed: &[ListedIndex]) -> Result<Vec<ChainHead>, MergeError> {
-        let size = self.catalog.system.segment_size;
-        let mut begins = Vec::new();
-        for line in self.catalog.lines() {
-            let firsts = self
-                .catalog
-                .runs(&line)
-                .into_iter()
-                .filter_map(|r| r.steps.first().map(|s| s.entry.info.name));
-            begins.extend(firsts);
-        }
-        begins.sort_unstable();
-        begins.dedup();
-        // One that ends right before, or that covers what is gone and what is there.
-        let near = |l: &&ListedIndex| {
-            let ends = l.name.last.end(size);
-            begins.iter().any(|b| {
-                let start = b.start(size);
-                l.name.first.timeline() == b.timeline() && l.name.first.start(size) <= start && ends >= start
-            })
-        };
-        let mut anchors = Vec::new();
-        for listed in listed.iter().filter(near) {
-            match summary(self.archive, listed).await {
-                Ok(Ok(found)) => anchors.extend(self.catalog.merged_heads(&found)),
-                Ok(Err(e)) => tracing::warn!("{} is damaged: {e}", listed.object.path),
-                Err(e) if e.is_not_found() || e.is_bad_object() => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(anchors)
     }
 
     /// The name under which a group is to be made; none where a good object of it is there.

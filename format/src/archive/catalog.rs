@@ -489,6 +489,7 @@ pub(crate) mod samples {
             directories: Vec::new(),
             files: Vec::new(),
             damaged_pages: Vec::new(),
+            chain: None,
             stats: ManifestStats::default(),
         };
         BackupEntry { head, files: 0, keep: None }

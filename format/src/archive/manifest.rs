@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::chain::{ChainHead, ChainStart};
 use crate::error::Corrupt;
 use crate::ids::{BackupId, Lsn, Oid, PgMajor, SystemId, TimelineId};
-use crate::segment::SegmentSize;
+use crate::segment::{SegmentName, SegmentSize};
 use crate::time::TimestampTz;
 
 use super::{Envelope, ObjectKind};
@@ -131,6 +132,17 @@ pub struct ManifestStats {
     pub total_seconds: f64,
 }
 
+/// The hash chain over a backup's WAL, as it was when the backup was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupChain {
+    /// The segment that the backup starts in.
+    pub first: SegmentName,
+    /// The chain before it: prune may remove all that comes before.
+    pub start: ChainStart,
+    /// Its head behind the last segment that the backup needs.
+    pub head: ChainHead,
+}
+
 /// A backup: it restores on its own, whatever it refers to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -191,6 +203,9 @@ pub struct Manifest {
     /// Pages whose checksum was wrong when they were read, as `path:block`.
     #[serde(default)]
     pub damaged_pages: Vec<String>,
+    /// The hash chain over its WAL, where it could be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<BackupChain>,
     /// What it took.
     pub stats: ManifestStats,
 }
@@ -495,6 +510,7 @@ mod tests {
                 extents: vec![(0, 0)],
             }],
             damaged_pages: Vec::new(),
+            chain: None,
             stats: ManifestStats::default(),
         }
     }

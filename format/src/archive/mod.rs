@@ -42,9 +42,10 @@ pub use joins::continuity_fault;
 pub use layers::merge_maps;
 pub use layout::{Layout, MergedName, SystemLayout, WalObject};
 pub use manifest::{
-    BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome, DrillPhase,
-    DrillRecord, DrillSetting, DrillVerdict, LedgerRecord, LedgerUnit, Manifest, ManifestDirectory,
-    ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace, WaltideInfo,
+    BackupChain, BackupKind, BackupMethod, ClusterInfo, ConfigFile, DrillCheck, DrillCommit, DrillOutcome,
+    DrillPhase, DrillRecord, DrillSetting, DrillVerdict, LedgerRecord, LedgerUnit, Manifest,
+    ManifestDirectory, ManifestFile, ManifestStats, PruneMark, StartedBackup, SystemInfo, Tablespace,
+    WaltideInfo,
 };
 pub use merged::{
     MERGE_BUILDER, MERGE_STEPS, MERGED_SECTIONS, MergeGroup, MergedDirectory, MergedIndex, MergedObject,

@@ -253,6 +253,7 @@ impl Sample {
             directories: vec![],
             files,
             damaged_pages: vec![],
+            chain: None,
             stats: ManifestStats::default(),
         }
     }

@@ -1,9 +1,10 @@
 //! Which merged indexes an archive can have: whole steps of segments that follow one another without a hole.
 
-use crate::archive::catalog::{Catalog, Lineage, Run, SegmentEntry};
+use crate::archive::catalog::{Catalog, Lineage, Run, SegmentEntry, Step};
 use crate::archive::chain::{ChainHead, ChainLink, ChainStart};
 use crate::archive::layout::MergedName;
-use crate::ids::{Lsn, SystemId};
+use crate::archive::manifest::BackupChain;
+use crate::ids::{BackupId, Lsn, SystemId, TimelineId};
 use crate::segment::SegmentName;
 
 use super::{MERGE_BUILDER, MERGE_STEPS, MergedSummary};
@@ -92,6 +93,42 @@ impl Catalog {
             Some(ChainHead { origin: index.chain.origin, last, hash: index.chain.before })
         });
         before.into_iter().chain(index.heads()).collect()
+    }
+
+    /// The heads that manifests have kept, each with the backup: before the segment it starts in if the chain did not begin
+    /// there, and behind the last that it needs.
+    pub fn manifest_heads(&self) -> impl Iterator<Item = (&BackupId, ChainHead)> + '_ {
+        self.backups.iter().filter_map(|b| Some((&b.head.id, b.head.chain?))).flat_map(|(id, chain)| {
+            let BackupChain { first, start, head } = chain;
+            let before = self.segment_before(first).filter(|_| first != start.origin);
+            let before = before.map(|last| ChainHead { origin: start.origin, last, hash: start.before });
+            before.into_iter().chain([head]).map(move |head| (id, head))
+        })
+    }
+
+    /// The chain over a backup's WAL; none where that is not unbroken, or its last segment still open.
+    pub fn backup_chain(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        stop: Lsn,
+        anchors: &[ChainHead],
+    ) -> Option<BackupChain> {
+        let size = self.system.segment_size;
+        let line = self.lineage(timeline);
+        let holds = |step: &Step<'_>, lsn: Lsn| step.start() == size.floor(lsn);
+        let run = self.runs(&line).into_iter().find(|run| run.steps.iter().any(|step| holds(step, start)))?;
+        let links = run.links();
+        let of_run = self.chain_start(&line, &run, anchors)?;
+        let from = run.steps.iter().position(|step| holds(step, start))?;
+        let before = links.get(..from)?.iter().fold(of_run.before, |hash, link| hash.link(link));
+        let chain = ChainStart { origin: of_run.origin, before };
+        // A backup that ends right where a segment begins needs nothing of that one.
+        let last = size.floor(stop.saturating_sub(1));
+        let needed = links.get(from..)?.iter().take_while(|link| link.name.start(size) <= Some(last));
+        let needed: Vec<_> = needed.copied().collect();
+        let head = chain.head(&needed).filter(|head| head.last.start(size) == Some(last))?;
+        Some(BackupChain { first: needed.first()?.name, start: chain, head })
     }
 
     /// Every merged index that can be made, lower steps first.

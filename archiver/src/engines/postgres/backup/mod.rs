@@ -34,6 +34,7 @@ use super::pages::PageRule;
 use super::publish::{Destination, PublishError, assemble, damaged_pages};
 use super::wanted::{Wanted, select};
 use crate::catalog::CatalogError;
+use crate::merged::Chaining;
 
 /// zstd's level unless another is asked for.
 pub const DEFAULT_LEVEL: i32 = 1;
@@ -292,6 +293,8 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
         }
     }
 
+    let chain = Chaining { archive: &request.archive, layout: &request.layout, threads: request.threads };
+    let chain = chain.of_backup(request.cache.as_deref(), label.timeline, range.0, range.1).await;
     let manifest = Manifest {
         id,
         kind: if base.is_some() { kind } else { BackupKind::Full },
@@ -327,6 +330,7 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
         },
         files,
         damaged_pages,
+        chain,
     };
     to.publish(&manifest).await?;
     Ok(Backup { manifest, warnings })

@@ -285,6 +285,7 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
         },
         files,
         damaged_pages,
+        chain: None,
     };
     to.publish(&manifest).await?;
     Ok(Backup { manifest, warnings })
