@@ -385,6 +385,10 @@ fn a_crash_and_a_promotion_leave_what_was_committed_on_the_line() {
         let sql = format!("begin; insert into t values ({id}); select pg_current_xact_id(); commit");
         cluster.query(&sql).lines().last().unwrap().to_owned()
     };
+    let halved = site.xid(
+        "begin; insert into t values (-1); savepoint a; insert into t values (-2); rollback to a;
+         select pg_current_xact_id(); commit",
+    );
     let first = insert(&site.cluster, 1);
     let truncate =
         site.xid("begin; truncate t; insert into t values (2); select pg_current_xact_id(); commit");
@@ -424,6 +428,10 @@ fn a_crash_and_a_promotion_leave_what_was_committed_on_the_line() {
     };
     assert_eq!(of_line(&["--aborted"]), line(&[(&on_2, 2), (&also_on_2, 2)]));
     assert_eq!(of_line(&["--aborted", "--timeline", "1"]), line(&[(&left_behind, 1)]));
+    let all = site.log(0, &["--aborted"]);
+    let undone: Vec<_> = all.iter().filter(|t| text(t, "kind") == "abort").collect();
+    let [undone] = undone[..] else { panic!("one savepoint was rolled back: {undone:?}") };
+    assert_eq!(text(undone, "top"), halved, "wal_level = logical says whose it was");
     let truncates = site.log(0, &["--truncated"]);
     let [only] = &truncates[..] else { panic!("{truncates:?}") };
     assert_eq!(text(only, "xid"), truncate);

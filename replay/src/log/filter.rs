@@ -6,7 +6,7 @@ use waltide_format::archive::{FileEventKind, SegmentIndex, SegmentInfo, XactEnd}
 use waltide_format::engines::postgres::catalogue::{TablePattern, TablePatternError};
 use waltide_format::{Oid, RelFileLocator, TimestampTz, Xid};
 
-use super::join::Ended;
+use super::join::{Effects, Ended};
 use super::transaction::{NamedRelation, TableFate, TableFateKind, Transaction};
 
 /// Which transactions are wanted. All of them unless said; what is said must all hold.
@@ -168,6 +168,15 @@ impl LogFilter {
                 Some(DatabaseMatch::Oid(oid)) => ended.end.db_oid == Some(*oid),
                 Some(DatabaseMatch::Name(_)) | None => true,
             }
+    }
+
+    /// Whether the files that it made and removed may be those of a relation that it dropped or emptied.
+    pub(super) fn may_take_files(&self, ended: &Ended) -> bool {
+        let Effects { made, dropped_databases, .. } = &ended.effects;
+        let gone = !ended.end.dropped.is_empty();
+        !(self.dropped || self.truncated)
+            || (self.dropped && (gone || !dropped_databases.is_empty()))
+            || (self.truncated && (gone || !made.is_empty()))
     }
 
     /// The rest.
