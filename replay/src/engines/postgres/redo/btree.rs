@@ -3,8 +3,8 @@
 use waltide_format::engines::postgres::wal::{Block, Record};
 use waltide_format::{BlockNumber, Corrupt, Reader};
 
-use super::page::{HEADER_BYTES, Page, aligned};
-use super::posting::{self, Entry};
+use super::page::{HEADER_BYTES, Page};
+use super::posting::{self, Entry, take_entry};
 use super::{Applied, unknown};
 
 const INSERT_LEAF: u8 = 0x00;
@@ -98,11 +98,7 @@ impl BtreePage for Page {
 
     fn check_btree(&self) -> Result<(), Corrupt> {
         self.check_items()?;
-        let special = self.special();
-        if self.bytes().len().saturating_sub(special) != OPAQUE_BYTES {
-            return Err(Corrupt::invalid("pd_special", 16, special as u64));
-        }
-        Ok(())
+        self.check_special(OPAQUE_BYTES)
     }
 
     fn btree_flags(&self) -> u16 {
@@ -146,15 +142,6 @@ impl BtreePage for Page {
         }
         Ok(())
     }
-}
-
-/// An index entry with its padding.
-fn take_entry<'a>(data: &mut Reader<'a>) -> Result<&'a [u8], Corrupt> {
-    let length = Entry::length_of(data.clone().take(posting::HEADER_BYTES, "IndexTuple")?);
-    if length < posting::HEADER_BYTES {
-        return Err(Corrupt::invalid("t_info", data.position(), length as u64));
-    }
-    data.take(aligned(length), "IndexTuple")
 }
 
 fn insert(record: &Record<'_>, block: &Block<'_>, page: &mut Page) -> Result<(), Corrupt> {

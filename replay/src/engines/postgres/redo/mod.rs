@@ -1,11 +1,17 @@
 //! Redo: a record applied to a page, without a server. Pure and total: any record on any page is applied or refused.
-//! Facts: docs/wal.md. Known are PostgreSQL 15's XLOG, Heap, Heap2, Btree, Sequence and Generic.
+//! Facts: docs/wal.md. Known are PostgreSQL 15's XLOG, Heap, Heap2, Btree,
+//! Hash, GIN, GiST, SP-GiST, BRIN, Sequence and Generic.
 
+mod brin;
 mod btree;
+mod gin;
+mod gist;
+mod hash;
 mod heap;
 mod other;
 mod page;
 mod posting;
+mod spgist;
 
 use waltide_format::engines::postgres::wal::{Block, Record, Rmgr};
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, PgMajor, RelFileLocator};
@@ -62,7 +68,15 @@ pub fn knows(record: &Record<'_>) -> bool {
     }
     match record.rmgr() {
         Rmgr::HEAP | Rmgr::HEAP2 => heap::knows(record.rmgr(), record.kind()),
-        Rmgr::XLOG | Rmgr::BTREE | Rmgr::SEQ | Rmgr::GENERIC => true,
+        Rmgr::XLOG
+        | Rmgr::BTREE
+        | Rmgr::HASH
+        | Rmgr::GIN
+        | Rmgr::GIST
+        | Rmgr::SPGIST
+        | Rmgr::BRIN
+        | Rmgr::SEQ
+        | Rmgr::GENERIC => true,
         _ => false,
     }
 }
@@ -82,6 +96,14 @@ fn apply_block(
 ) -> Result<Applied, Corrupt> {
     if let Some(image) = block.image.filter(|image| image.apply()) {
         image.restore(page.bytes_mut())?;
+        // Some changes are not in the image of the page they are made to.
+        match record.rmgr() {
+            Rmgr::GIST if gist::edits_image(record.kind(), block.id) => gist::finish_split(record, page)?,
+            Rmgr::HASH if hash::edits_image(record.kind(), block.id) => {
+                hash::apply(record, block, page)?;
+            }
+            _ => {}
+        }
         if !page.is_new() {
             page.set_lsn(record.end);
         }
@@ -100,6 +122,11 @@ fn apply_block(
         Rmgr::HEAP => heap::apply(record, block, page)?,
         Rmgr::HEAP2 => heap::apply2(record, block, page, cluster)?,
         Rmgr::BTREE => btree::apply(record, block, page)?,
+        Rmgr::HASH => hash::apply(record, block, page)?,
+        Rmgr::GIN => gin::apply(record, block, page)?,
+        Rmgr::GIST => gist::apply(record, block, page)?,
+        Rmgr::SPGIST => spgist::apply(record, block, page)?,
+        Rmgr::BRIN => brin::apply(record, block, page)?,
         Rmgr::SEQ => other::sequence(record, page).map(|()| Applied::Changed)?,
         Rmgr::GENERIC => other::generic(block, page).map(|()| Applied::Changed)?,
         // A hint that needed no image.

@@ -214,6 +214,15 @@ impl Page {
         Ok(())
     }
 
+    /// Refuses a page whose special space is not this long.
+    pub(super) fn check_special(&self, bytes: usize) -> Result<(), Corrupt> {
+        let special = self.special();
+        if BLOCK_BYTES.saturating_sub(special) != bytes {
+            return Err(Corrupt::invalid("pd_special", SPECIAL as u64, special as u64));
+        }
+        Ok(())
+    }
+
     /// How many line pointers it has: `PageGetMaxOffsetNumber`.
     pub(super) fn items(&self) -> u16 {
         let bytes = self.lower().saturating_sub(HEADER_BYTES);
@@ -273,9 +282,18 @@ impl Page {
 
     /// Puts an item in as `number`, which is unused or one more than there are: how the heap does it.
     pub(super) fn put_heap_item(&mut self, number: u16, item: &[u8]) -> Result<(), Corrupt> {
+        self.put_item_as(number, item, HEAP_ITEMS_MAX)
+    }
+
+    /// The same on an index page, whose items keep their numbers too.
+    pub(super) fn put_index_item(&mut self, number: u16, item: &[u8]) -> Result<(), Corrupt> {
+        self.put_item_as(number, item, INDEX_ITEMS_MAX)
+    }
+
+    fn put_item_as(&mut self, number: u16, item: &[u8], max: u16) -> Result<(), Corrupt> {
         self.check_items()?;
-        if number == 0 || number > HEAP_ITEMS_MAX {
-            return Err(Corrupt::too_large("offnum", 0, number.into(), HEAP_ITEMS_MAX.into()));
+        if number == 0 || number > max {
+            return Err(Corrupt::too_large("offnum", 0, number.into(), max.into()));
         }
         let is_next = number == self.items().saturating_add(1);
         if !is_next && self.line_pointer(number)? != LinePointer::UNUSED {
@@ -324,6 +342,18 @@ impl Page {
         let lower = self.lower();
         self.0.copy_within(at.saturating_add(LINE_POINTER_BYTES)..lower, at);
         self.set_lower(lower.saturating_sub(LINE_POINTER_BYTES));
+        self.shift_items_up_to(offset, length, 0)
+    }
+
+    /// Takes an item out of an index page whose items keep their numbers: `PageIndexTupleDeleteNoCompact`.
+    pub(super) fn delete_item_in_place(&mut self, number: u16) -> Result<(), Corrupt> {
+        self.check_items()?;
+        let (offset, length) = self.place(number)?;
+        if number < self.items() {
+            self.set_line_pointer(number, LinePointer::UNUSED)?;
+        } else {
+            self.set_lower(self.lower().saturating_sub(LINE_POINTER_BYTES));
+        }
         self.shift_items_up_to(offset, length, 0)
     }
 

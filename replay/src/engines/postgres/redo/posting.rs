@@ -1,6 +1,6 @@
 //! Entries of B-tree indexes, and those among them that stand for many rows with one key ("posting lists").
 
-use waltide_format::{BlockNumber, Corrupt};
+use waltide_format::{BlockNumber, Corrupt, Reader};
 
 use super::page::{aligned, tid};
 
@@ -81,6 +81,24 @@ impl<'a> Entry<'a> {
     pub(super) fn downlink(self) -> Result<[u8; 4], Corrupt> {
         self.0.first_chunk::<4>().copied().ok_or(Corrupt::invalid("t_tid", 0, self.0.len() as u64))
     }
+}
+
+/// An index entry with its padding.
+pub(super) fn take_entry<'a>(data: &mut Reader<'a>) -> Result<&'a [u8], Corrupt> {
+    data.take(aligned(length_ahead(data)?), "IndexTuple")
+}
+
+/// An index entry, as long as it says.
+pub(super) fn take_entry_unpadded<'a>(data: &mut Reader<'a>) -> Result<&'a [u8], Corrupt> {
+    data.take(length_ahead(data)?, "IndexTuple")
+}
+
+fn length_ahead(data: &Reader<'_>) -> Result<usize, Corrupt> {
+    let length = Entry::length_of(data.clone().take(HEADER_BYTES, "IndexTuple")?);
+    if length < HEADER_BYTES {
+        return Err(Corrupt::invalid("t_info", data.position(), length as u64));
+    }
+    Ok(length)
 }
 
 /// An entry with the key of `base` for these rows.
