@@ -1,5 +1,7 @@
 //! What became of tables: made, renamed, moved to new files, emptied, dropped.
 
+use std::collections::BTreeSet;
+
 use super::fate::Commit;
 use super::names::{Names, Span, Spans};
 use super::row::{ClassRow, DatabaseRow};
@@ -142,6 +144,9 @@ impl Names {
     }
 
     /// Whether one of the new files that a transaction gave a table came without a rewrite, or was cut to nothing.
+    ///
+    /// A rewrite fills the new file as a table of its own, `pg_temp_<oid>`, and then swaps: both had both files. What
+    /// cannot be reached from the old file by such swaps came by TRUNCATE, in whatever order all that happened.
     fn was_truncated(
         &self,
         database: Oid,
@@ -153,33 +158,32 @@ impl Names {
         if !matches!(after.row.kind, b'r' | b'm') {
             return false;
         }
+        let made_here = |span: &&Span<ClassRow>| !span.was_seen() && span.begin() == commit.start;
         let spans = self.relations.get(&(database, oid)).into_iter().flatten();
-        let within =
-            spans.filter(|span| !span.was_seen() && span.begin() == commit.start).map(|span| &span.row);
-        let mut last = &before.row;
-        for row in within.chain([&after.row]) {
-            if row.file != last.file {
-                let rewritten = row.tablespace != last.tablespace
-                    || self.came_by_rewrite(database, oid, row.file, commit);
-                if !rewritten || self.cut.contains(&(commit.start, database, row.file)) {
-                    return true;
-                }
-            }
-            last = row;
+        let rows = spans.filter(made_here).chain([after]).map(|span| &span.row);
+        // One that went to another tablespace was copied there.
+        let rows: Vec<_> = rows.filter(|row| row.tablespace == before.row.tablespace).collect();
+        let files: BTreeSet<Oid> = rows.iter().map(|row| row.file).collect();
+        if files.iter().any(|file| self.cut.contains(&(commit.start, database, *file))) {
+            return true;
         }
-        false
+        let mut reached = BTreeSet::from([before.row.file]);
+        let mut left: Vec<Oid> = vec![before.row.file];
+        while let Some(file) = left.pop() {
+            let swapped = self.swapped(database, oid, file, commit);
+            left.extend(swapped.into_iter().filter(|file| reached.insert(*file)));
+        }
+        files.iter().any(|file| !reached.contains(file))
     }
 
-    /// Whether a rewrite of the table made this file: it belonged to a table of its own first.
-    fn came_by_rewrite(&self, database: Oid, oid: Oid, file: Oid, commit: &Commit) -> bool {
+    /// The files that a rewrite of the table swapped for this one, or this one for.
+    fn swapped(&self, database: Oid, oid: Oid, file: Oid, commit: &Commit) -> Vec<Oid> {
         let transient = format!("pg_temp_{oid}");
+        let for_it = |row: &ClassRow| row.rewrites == oid || row.name == transient;
         let others = self.by_file.get(&(database, file)).into_iter().flatten().filter(|other| **other != oid);
-        let mut spans = others.filter_map(|other| self.relations.get(&(database, *other))).flatten();
-        spans.any(|span| {
-            let made_here = !span.was_seen() && span.begin() == commit.start;
-            let for_it = span.row.rewrites == oid || span.row.name == transient;
-            made_here && for_it && span.row.file == file
-        })
+        let spans = others.filter_map(|other| self.relations.get(&(database, *other))).flatten();
+        let made_here = |span: &&Span<ClassRow>| !span.was_seen() && span.begin() == commit.start;
+        spans.filter(made_here).map(|span| &span.row).filter(|row| for_it(row)).map(|row| row.file).collect()
     }
 
     /// The commit that ended a database, and where its end began: it is marked and its files go before the commit.

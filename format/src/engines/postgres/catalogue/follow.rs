@@ -284,7 +284,9 @@ impl Follower {
             version.invalid_from = Some(lsn);
         }
         version.row = row;
-        version.taken_back = false;
+        if std::mem::take(&mut version.taken_back) {
+            version.seen = lsn;
+        }
     }
 
     fn end(&mut self, file: RelFileLocator, at: TupleId, xid: Xid, lsn: Lsn) {
@@ -398,3 +400,6 @@ impl Follower {
 fn database_of(catalogue: Catalogue, file: RelFileLocator) -> Oid {
     if catalogue == Catalogue::Database { 0 } else { file.db_oid }
 }
+
+#[cfg(test)]
+mod tests;
