@@ -126,6 +126,8 @@ enum Part {
     Straddler(usize),
 }
 
+/// No less WAL than this tells of as many transactions as there are numbers: each is named by four bytes at least.
+const XIDS_BYTES_MIN: u64 = 4 << 32;
 /// How many indexes are read at once.
 const AT_ONCE: usize = 8;
 
@@ -189,14 +191,50 @@ impl<'a, S: Source> Reading<'a, S> {
             }
             Target::Time(_) | Target::Xid(_) | Target::Name(_) => {
                 let parts = parts(run, start, &goal.target, goal.inclusive);
-                let found = self.first(run, parts, |step, events| {
-                    let from = start;
-                    let until = step.usable_end;
-                    first_stop(events, from, until, end, goal)
-                });
-                Ok(found.await?.map_or(Resolution::NotFound, Resolution::Stops))
+                let find =
+                    |step: &Step<'_>, events: &Events| first_stop(events, start, step.usable_end, end, goal);
+                let found = match goal.target {
+                    Target::Xid(xid) => self.end_of(run, parts, xid, find).await?,
+                    _ => self.first(run, parts, find).await?,
+                };
+                Ok(found.map_or(Resolution::NotFound, Resolution::Stops))
             }
         }
+    }
+
+    /// Where a transaction ends. Numbers are given out in order and transactions end in nearly that order, so the parts
+    /// to read first are those whose transactions have numbers near this one. One that ran for long ends later than
+    /// its neighbours: from there on the rest is read in both directions, the nearest first.
+    async fn end_of(
+        &self,
+        run: &Run<'_>,
+        parts: Vec<Part>,
+        xid: Xid,
+        find: impl Fn(&Step<'_>, &Events) -> Option<Stop>,
+    ) -> Result<Option<Stop>, S::Error> {
+        let (mut low, mut high) = (0, parts.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            let Some(part) = parts.get(middle) else { break };
+            let (_, events) = self.part(&run.steps, *part).await?;
+            // Those of two neighbours overlap; the guess need not be right.
+            match events.xacts.iter().map(|x| x.xid).find(|x| !x.precedes(xid)) {
+                None => low = middle.saturating_add(1),
+                Some(_) => high = middle,
+            }
+        }
+        let mut nearest: Vec<_> = parts.iter().copied().enumerate().collect();
+        nearest.sort_by_key(|(i, _)| i.abs_diff(low));
+        let nearest = nearest.into_iter().map(|(_, part)| part).collect();
+        let Some(found) = self.first(run, nearest, &find).await? else { return Ok(None) };
+        // A number comes again once all others were given out. Then the first one counts, which lies that far before.
+        let reused = |part: &Part| {
+            let (Part::Segment(i) | Part::Straddler(i)) = part;
+            let step = run.steps.get(*i);
+            step.is_some_and(|s| found.lsn.bytes_since(s.start()) >= XIDS_BYTES_MIN)
+        };
+        let earlier = self.first(run, parts.into_iter().filter(reused).collect(), &find).await?;
+        Ok(Some(earlier.unwrap_or(found)))
     }
 
     async fn first<T>(

@@ -483,3 +483,62 @@ fn a_plan_reads_as_a_dry_run_and_as_json() {
     assert_eq!(json["goal"]["target"]["value"], "here");
     assert_eq!(json["segments"].as_array().unwrap().len(), 4);
 }
+
+/// A source that counts what is read of it.
+struct Counting<'a> {
+    world: &'a World,
+    reads: std::sync::atomic::AtomicUsize,
+}
+
+impl Source for Counting<'_> {
+    type Error = std::convert::Infallible;
+
+    async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, Self::Error> {
+        self.reads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.world.events(entry).await
+    }
+
+    async fn straddler(
+        &self,
+        before: &SegmentEntry,
+        after: &SegmentEntry,
+    ) -> Result<Arc<Events>, Self::Error> {
+        self.world.straddler(before, after).await
+    }
+
+    async fn record_from(
+        &self,
+        segments: &[&SegmentEntry],
+        from: Lsn,
+    ) -> Result<Option<(Lsn, Lsn)>, Self::Error> {
+        self.world.record_from(segments, from).await
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_among_many_segments_is_found_in_a_few_of_them() {
+    // Two commits in each of 500 segments; a hundredth transaction runs for 300 segments longer than its neighbours.
+    let at = |i: u64| 3 * MIB + i * (MIB / 2);
+    let record = |i: u64, xid: u32| Rec {
+        start: at(i),
+        end: at(i) + 80,
+        what: What::Commit,
+        xid,
+        time: i as i64 * 1_000_000,
+        joined: false,
+        head_joined: false,
+    };
+    let mut records: Vec<_> = (0..1000).map(|i| record(i, 700 + i as u32)).collect();
+    let long = records[100].xid;
+    records[100].xid = records[700].xid;
+    records[700].xid = long;
+    let world = World::new(records, &[(0, 1)], &[]);
+    for (xid, most) in [(1234, 30), (705, 30), (1690, 30), (long, 400)] {
+        let source = Counting { world: &world, reads: Default::default() };
+        let goal = Goal::new(Target::Xid(xid.into()));
+        let plan = plan(&world.catalog, &goal, None, Rates::default(), &source).await.unwrap();
+        assert_eq!(plan.stop.xid, Some(xid.into()));
+        let reads = source.reads.into_inner();
+        assert!(reads <= most, "{xid}: {reads} of 500 indexes were read");
+    }
+}
