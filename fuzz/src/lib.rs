@@ -7,13 +7,17 @@
 use waltide_format::archive::{
     Envelope, ExtentMap, Footer, HEADER_BYTES, Header, MERGED_SECTIONS, Manifest, MergedDirectory,
     MergedObject, MergedSection, ObjectKind, SegmentDetail, SegmentDirectory, StoredSegment, WalFile,
+    encode_segment,
 };
 use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile, History, parse_tablespace_map};
 use waltide_format::engines::postgres::detail::tell_segment;
+use waltide_format::engines::postgres::scan::{
+    Agreement, ScanContext, ScanMode, common_prefix as compare, scan_segment as scan,
+};
 use waltide_format::engines::postgres::wal::{
     DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, Next, Prepare, RECORD_HEADER_BYTES, Record,
-    RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord, SegmentSpan, SmgrRecord,
-    TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks,
+    RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord, SegmentBytes, SegmentSpan, SmgrRecord,
+    TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
 };
 use waltide_format::{
     BLOCK_BYTES, Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
@@ -35,6 +39,9 @@ pub const TARGETS: &[Target] = &[
     ("names", names),
     ("wal_stream", wal_stream),
     ("wal_record", wal_record),
+    ("scan_segment", scan_segment),
+    ("common_prefix", common_prefix),
+    ("tablespace_redirect", tablespace_redirect),
     ("cluster_files", cluster_files),
     ("detail", detail),
     ("redo", redo),
@@ -141,26 +148,108 @@ pub fn names(data: &[u8]) {
 /// since a fuzzer finds neither magic nor address by chance.
 pub fn wal_stream(data: &[u8]) {
     let Some((&choice, body)) = data.split_first() else { return };
-    let (size, start) = (SegmentSize::new(1 << 20).expect("a legal size"), Lsn::from(0x300_0000));
-    let span = SegmentSpan::containing(start, size).expect("far from the log's end");
-    let mut bytes = body.to_vec();
-    if choice & 0x80 != 0 {
-        for (number, page) in bytes.chunks_mut(8192).enumerate() {
-            let long = u16::from(number == 0) * 2;
-            let address = start.get() + number as u64 * 8192;
-            let mut header = major(choice & 0x0F).page_magic().to_le_bytes().to_vec();
-            header.extend((page.get(2).map_or(0, |b| u16::from(*b) & 1) | long).to_le_bytes());
-            header.extend(1u32.to_le_bytes());
-            header.extend(address.to_le_bytes());
-            let len = header.len().min(page.len());
-            page[..len].copy_from_slice(&header[..len]);
-        }
-    }
+    let span = span();
+    let bytes = put_right(choice, body);
     let Ok(mut stream) = RecordStream::new(&bytes, span, Expected::default(), None) else { return };
     while let Ok(Next::Record(record)) = stream.next_record() {
         decode_all(&record);
     }
     let _ = tell_segment(&bytes, span, Expected::default(), None, Lsn::MAX);
+}
+
+/// The segment that the targets' bytes are of.
+fn span() -> SegmentSpan {
+    let size = SegmentSize::new(1 << 20).expect("a legal size");
+    SegmentSpan::containing(Lsn::from(0x300_0000), size).expect("far from the log's end")
+}
+
+/// A segment's first bytes with the page headers that belong there, where the byte asks for them.
+fn put_right(choice: u8, body: &[u8]) -> Vec<u8> {
+    let mut bytes = body.to_vec();
+    if choice & 0x80 == 0 {
+        return bytes;
+    }
+    for (number, page) in bytes.chunks_mut(8192).enumerate() {
+        let long = u16::from(number == 0) * 2;
+        let address = span().start().get() + number as u64 * 8192;
+        let mut header = major(choice & 0x0F).page_magic().to_le_bytes().to_vec();
+        header.extend((page.get(2).map_or(0, |b| u16::from(*b) & 1) | long).to_le_bytes());
+        header.extend(1u32.to_le_bytes());
+        header.extend(address.to_le_bytes());
+        let len = header.len().min(page.len());
+        page[..len].copy_from_slice(&header[..len]);
+    }
+    bytes
+}
+
+/// The pass over a segment that arrives, as strict as a byte asks, with the rest of the input as the segment behind it.
+pub fn scan_segment(data: &[u8]) {
+    let Some(([choice, mode], body)) = data.split_first_chunk::<2>() else { return };
+    let span = span();
+    let mut wal = put_right(*choice, body);
+    let mode = match mode % 3 {
+        0 => ScanMode::Whole,
+        1 => ScanMode::Partial,
+        _ => ScanMode::Forced,
+    };
+    if mode == ScanMode::Whole {
+        wal.resize(span.size().bytes() as usize, 0);
+    }
+    let name = SegmentName::containing(TimelineId::FIRST, span.start(), span.size());
+    let context = ScanContext { mode, next: Some(body), ..ScanContext::new(name, span.size()) };
+    let Ok(scan) = scan(&wal, &context) else { return };
+    let info = &scan.index.info;
+    assert!((span.start()..=span.end()).contains(&info.valid_end), "{}", info.valid_end);
+    let stored = encode_segment(&wal, &scan.index, 1, 1);
+    let read = StoredSegment::decode(&stored).expect("what is stored is read");
+    assert!(read.index == scan.index && read.wal == wal, "and read the same");
+}
+
+/// Two copies of a segment: whichever is put first, they stand to each other as they do.
+pub fn common_prefix(data: &[u8]) {
+    let Some(([choice, a, b], body)) = data.split_first_chunk::<3>() else { return };
+    let (first, second) = body.split_at(usize::from(u16::from_le_bytes([*a, *b])).min(body.len()));
+    let (first, second) = (put_right(*choice, first), put_right(*choice, second));
+    let (Ok(one), Ok(other)) = (compare(&first, &second, span()), compare(&second, &first, span())) else {
+        return;
+    };
+    let turned = match other {
+        Agreement::FirstIsLonger => Agreement::SecondIsLonger,
+        Agreement::SecondIsLonger => Agreement::FirstIsLonger,
+        same => same,
+    };
+    assert_eq!(one, turned);
+    assert_eq!(compare(&first, &first, span()), Ok(Agreement::Same));
+}
+
+/// A CREATE TABLESPACE record anywhere in two segments, whose length is put right where a byte asks for it. Nothing but
+/// the record's own bytes changes.
+pub fn tablespace_redirect(data: &[u8]) {
+    let Some(([choice, a, b], body)) = data.split_first_chunk::<3>() else { return };
+    let span = span();
+    let size = span.size().bytes() as usize;
+    let mut wal = vec![0u8; 2 * size];
+    // Near the edge between the two: the second byte counts back from there, eight bytes a step.
+    let from = size - 8 * usize::from(u16::from_le_bytes([*a, *b]) % 1100);
+    let length = (body.len() as u32).to_le_bytes();
+    let mut at = from;
+    for (n, byte) in body.iter().enumerate() {
+        // Page headers lie in between.
+        if at % 8192 == 0 {
+            at += if at % size == 0 { 40 } else { 24 };
+        }
+        let Some(place) = wal.get_mut(at) else { return };
+        *place = length.get(n).filter(|_| choice & 1 != 0).copied().unwrap_or(*byte);
+        at += 1;
+    }
+    let before = wal.clone();
+    let (one, two) = wal.split_at_mut(size);
+    let mut segments =
+        [SegmentBytes { start: span.start(), wal: one }, SegmentBytes { start: span.end(), wal: two }];
+    let record = span.start().saturating_add(from as u64);
+    let made = make_tablespace_in_place(&mut segments, span.size(), record);
+    assert!(made.is_ok() || wal == before, "a refusal changes nothing");
+    assert!(wal[..from] == before[..from] && wal[at..] == before[at..], "what is not the record stays");
 }
 
 /// What transactions did: a section of any number.
