@@ -234,8 +234,7 @@ impl<S: Tellings> Log<'_, S> {
             tail = telling.tail.take();
             let damage = telling.damage.take();
             for ended in course.joiner.add(telling) {
-                let told_by_name = !names.events(ended.end.start).is_empty();
-                if !self.filter.wants(&ended) || !(told_by_name || self.filter.may_take_files(&ended)) {
+                if !self.filter.wants(&ended) || !self.filter.may_take_files(&ended) {
                     continue;
                 }
                 let transaction = self.transaction(ended, names);
