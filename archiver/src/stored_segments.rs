@@ -37,26 +37,9 @@ impl ReadError {
 
 /// A segment's index, out of its object's end.
 pub(crate) async fn read_index(archive: &Archive, path: &str) -> Result<SegmentIndex, ReadError> {
-    let damaged = |source| ReadError::Damaged { path: path.to_owned(), source };
-    let mut wanted = TAIL_BYTES;
-    // The footer says how long the directory is, the directory how long the sections are.
-    for _ in 0..3 {
-        let (tail, size) = archive.get_tail(path, wanted).await?;
-        let needed = match SegmentDirectory::decode(&tail, size).map_err(damaged)? {
-            Ok(directory) => match directory.tail_bytes(size) {
-                needed if needed <= tail.len() as u64 => {
-                    return directory.index(&tail, size).map_err(damaged);
-                }
-                needed => needed,
-            },
-            Err(needed) => needed,
-        };
-        if needed > OBJECT_BYTES_MAX {
-            return Err(damaged(Corrupt::too_large("directory", 0, needed, OBJECT_BYTES_MAX)));
-        }
-        wanted = needed;
-    }
-    Err(damaged(Corrupt::invalid("directory", 0, wanted)))
+    let read = archive.read_end(path, TAIL_BYTES, SegmentDirectory::with_index).await?;
+    let (_, index) = read.map_err(|source| ReadError::Damaged { path: path.to_owned(), source })?;
+    Ok(index)
 }
 
 /// A whole segment, every checksum of it checked.

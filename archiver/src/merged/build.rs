@@ -7,8 +7,8 @@ use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use waltide_format::Corrupt;
 use waltide_format::archive::{
-    Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName,
-    MergedObject, SegmentDirectory, SegmentEntry, SegmentIndex, SystemLayout,
+    Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName, MergedObject,
+    SegmentDirectory, SegmentEntry, SystemLayout,
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
@@ -280,16 +280,10 @@ impl Merging<'_> {
         let path = &entry.path;
         let skipped = |reason: String| Ok(Err(SkippedIndex { path: path.clone(), reason }));
         let read = self.archive.read_end(path, TAIL_BYTES, |tail, size| {
-            let directory = match SegmentDirectory::decode(tail, size)? {
-                Ok(directory) => directory,
-                Err(needed) => return Ok::<_, Corrupt>(Err(needed)),
-            };
-            match directory.tail_bytes(size) {
-                needed if needed > tail.len() as u64 => Ok(Err(needed)),
-                _ => Ok(Ok((directory.index(tail, size)?, directory.digest, size))),
-            }
+            let found = SegmentDirectory::with_index(tail, size)?;
+            Ok::<_, Corrupt>(found.map(|(directory, index)| (index, directory.digest, size)))
         });
-        let (index, digest, stored_bytes): (SegmentIndex, [u8; 32], u64) = match read.await {
+        let (index, digest, stored_bytes) = match read.await {
             Ok(Ok(found)) => found,
             Ok(Err(e)) => return skipped(e.to_string()),
             Err(e) if e.is_not_found() || e.is_bad_object() => return skipped(e.to_string()),

@@ -263,6 +263,19 @@ impl SegmentDirectory {
         Ok(index)
     }
 
+    /// The directory and the whole index out of `tail`, the last bytes of an object of `object_bytes` bytes. `Ok(Err(n))`
+    /// says that `n` bytes of tail are needed.
+    pub fn with_index(tail: &[u8], object_bytes: u64) -> Result<Result<(Self, SegmentIndex), u64>, Corrupt> {
+        let directory = match Self::decode(tail, object_bytes)? {
+            Ok(directory) => directory,
+            Err(needed) => return Ok(Err(needed)),
+        };
+        match directory.tail_bytes(object_bytes) {
+            needed if needed > tail.len() as u64 => Ok(Err(needed)),
+            _ => directory.index(tail, object_bytes).map(|index| Ok((directory, index))),
+        }
+    }
+
     /// Reads what a catalogue needs: the index's info, restore points, faults and source, nothing else. `Ok(Err(n))`
     /// says that `n` bytes of tail are needed.
     pub fn summary(&self, tail: &[u8], object_bytes: u64) -> Result<Result<SegmentIndex, u64>, Corrupt> {

@@ -70,17 +70,9 @@ impl ArchivedIndexes {
     /// A segment's index.
     pub(crate) async fn index(&self, entry: &SegmentEntry) -> Result<SegmentIndex, SearchError> {
         let path = &entry.path;
-        let read = self.archive.read_end(path, TAIL_BYTES, |tail, size| {
-            let directory = match SegmentDirectory::decode(tail, size)? {
-                Ok(directory) => directory,
-                Err(needed) => return Ok(Err(needed)),
-            };
-            match directory.tail_bytes(size) {
-                needed if needed > tail.len() as u64 => Ok(Err(needed)),
-                _ => directory.index(tail, size).map(Ok),
-            }
-        });
-        read.await?.map_err(|source| SearchError::Damaged { path: path.clone(), source })
+        let read = self.archive.read_end(path, TAIL_BYTES, SegmentDirectory::with_index).await?;
+        let (_, index) = read.map_err(|source| SearchError::Damaged { path: path.clone(), source })?;
+        Ok(index)
     }
 
     /// A whole segment's bytes.
