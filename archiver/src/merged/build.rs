@@ -7,18 +7,16 @@ use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use waltide_format::Corrupt;
 use waltide_format::archive::{
-    Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName, MergedObject,
-    SegmentDirectory, SegmentEntry, SystemLayout,
+    Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName,
+    MergedObject, SegmentDirectory, SegmentEntry, SystemLayout,
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
 use super::chain::anchors;
-use super::read::{ListedIndex, list};
+use super::read::{ListedIndex, get, list};
 
 /// Most indexes lie in this much of their object's end.
 const TAIL_BYTES: u64 = 64 << 10;
-/// No merged index comes near this.
-const OBJECT_BYTES_MAX: u64 = 1 << 30;
 /// Indexes read at once for one group.
 const AT_ONCE: usize = 8;
 
@@ -243,24 +241,7 @@ impl Merging<'_> {
         listed: &ListedIndex,
         links: Vec<ChainLink>,
     ) -> Result<Option<MergedIndex>, MergeError> {
-        let path = &listed.object.path;
-        let bytes = match self.archive.get(path, OBJECT_BYTES_MAX).await {
-            Ok(bytes) => bytes,
-            Err(e) if e.is_not_found() || e.is_bad_object() => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        let decoded = tokio::task::spawn_blocking(move || MergedObject::decode(&bytes)).await;
-        match decoded.expect("a decoder does not panic") {
-            Ok(object) if object.index.links().eq(links) => Ok(Some(object.index)),
-            Ok(_) => {
-                tracing::warn!("{path} is not about the segments that its name speaks of");
-                Ok(None)
-            }
-            Err(e) => {
-                tracing::warn!("{path} is damaged: {e}");
-                Ok(None)
-            }
-        }
+        Ok(get(self.archive, &listed.object.path, &links).await?)
     }
 
     async fn of_segments(

@@ -10,5 +10,5 @@ pub use build::{Indexed, MadeIndex, MergeError, Merging, SkippedIndex};
 pub(crate) use chain::Chaining;
 pub(crate) use idle::IdleMerge;
 pub use idle::catch_up;
-pub(crate) use read::tell;
+pub(crate) use read::{ListedIndex, get, list, newest, tell};
 pub(crate) use retire::retired;

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use waltide_format::archive::{MergedName, MergedSummary, SegmentEntry, SystemLayout, WalObject};
+use waltide_format::archive::{
+    ChainLink, MergedIndex, MergedName, MergedObject, MergedSummary, SegmentEntry, SystemLayout, WalObject,
+};
 use waltide_format::{Corrupt, SegmentName, WalFileName};
 use waltide_storage::{Archive, ObjectInfo, StorageError};
 
@@ -41,6 +43,34 @@ pub(crate) async fn summary(
     let name = &listed.name;
     let bytes = MergedSummary::tail_bytes(name);
     archive.read_end(&listed.object.path, bytes, |tail, size| MergedSummary::decode(name, tail, size)).await
+}
+
+/// No merged index comes near this.
+const OBJECT_BYTES_MAX: u64 = 1 << 30;
+
+/// A whole merged index of the segments that `links` speak of; none where the object is gone, damaged, or about others.
+pub(crate) async fn get(
+    archive: &Archive,
+    path: &str,
+    links: &[ChainLink],
+) -> Result<Option<MergedIndex>, StorageError> {
+    let bytes = match archive.get(path, OBJECT_BYTES_MAX).await {
+        Ok(bytes) => bytes,
+        Err(e) if e.is_not_found() || e.is_bad_object() => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let decoded = tokio::task::spawn_blocking(move || MergedObject::decode(&bytes)).await;
+    match decoded.expect("a decoder does not panic") {
+        Ok(object) if object.index.links().eq(links.iter().copied()) => Ok(Some(object.index)),
+        Ok(_) => {
+            tracing::warn!("{path} is not about the segments that its name speaks of");
+            Ok(None)
+        }
+        Err(e) => {
+            tracing::warn!("{path} is damaged: {e}");
+            Ok(None)
+        }
+    }
 }
 
 /// Segments of which the catalogue would need to read this many are looked for in merged indexes.

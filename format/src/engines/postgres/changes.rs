@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::archive::{BlockSet, FileEventKind, SegmentIndex};
+use crate::archive::{BlockSet, FileEventKind, MergedIndex, SegmentIndex};
 use crate::engines::postgres::wal::vm_block_of;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
 
@@ -100,6 +100,18 @@ impl ChangedBlocks {
         for event in &index.file_events {
             self.add_event(&event.kind);
         }
+        Ok(())
+    }
+
+    /// Takes in what the records of many segments change.
+    pub fn add_merged(&mut self, index: &MergedIndex) -> Result<(), Doubt> {
+        self.add(&index.all)?;
+        for fork in index.touched.iter().filter(|f| f.fork != ForkNumber::Fsm) {
+            let changes = self.forks.entry((fork.relation, fork.fork)).or_default();
+            let blocks = fork.runs.iter().flat_map(|(first, count)| *first..first.saturating_add(*count));
+            blocks.for_each(|block| changes.blocks.insert(block));
+        }
+        self.dropped.extend(index.drops.iter().flat_map(|x| x.dropped.iter().copied()));
         Ok(())
     }
 

@@ -139,7 +139,8 @@ impl Search<'_> {
                 Cover::Whole(steps) => {
                     let threads = self.request.threads;
                     let archive = &self.to.archive;
-                    return match changed_blocks(archive, &steps, parent.start_lsn, threads).await {
+                    let names = &self.to.system;
+                    return match changed_blocks(archive, names, &steps, parent.start_lsn, threads).await {
                         Ok(changed) => Ok(Ok(changed)),
                         Err(ChangesError::Unknown(why)) => Ok(Err(why)),
                         Err(ChangesError::Storage(e)) => Err(PublishError::from(e).into()),
