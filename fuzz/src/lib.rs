@@ -9,6 +9,10 @@ use waltide_format::archive::{
     MergedObject, MergedSection, ObjectKind, SegmentDetail, SegmentDirectory, StoredSegment, WalFile,
     encode_segment,
 };
+use waltide_format::engines::postgres::catalogue::{
+    CatalogueChange, CatalogueFiles, Fates, Follower, RelationMap, TablePattern, catalogue_changes,
+    page_tuples,
+};
 use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile, History, parse_tablespace_map};
 use waltide_format::engines::postgres::detail::tell_segment;
 use waltide_format::engines::postgres::scan::{
@@ -20,7 +24,7 @@ use waltide_format::engines::postgres::wal::{
     TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
 };
 use waltide_format::{
-    BLOCK_BYTES, Lsn, PgMajor, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
+    BLOCK_BYTES, Lsn, PgMajor, Reader, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
 };
 use waltide_replay::engines::postgres::redo::{
     Applied, Cluster as RedoCluster, Page, apply, clear_visibility,
@@ -142,6 +146,7 @@ pub fn names(data: &[u8]) {
     }
     let _ = text.parse::<SegmentName>();
     let _ = text.parse::<TimestampTz>();
+    let _ = text.parse::<TablePattern>();
 }
 
 /// A segment's first bytes, read to where its log ends. Page headers are put right as far as a byte of the input asks for,
@@ -304,6 +309,17 @@ fn decode_all(record: &Record<'_>) {
     let _ = RowChange::decode(record);
     let _ = HeapTruncate::decode(record);
     let _ = implicit_vm_blocks(record);
+    let mut changes = Vec::new();
+    let _ = catalogue_changes(record, &CatalogueFiles::default(), &mut changes);
+    let mut follower = Follower::new(record.major, record.start, CatalogueFiles::default());
+    for change in &changes {
+        let mut stored = Writer::new();
+        change.encode(&mut stored, record.start);
+        let back = CatalogueChange::decode(&mut Reader::new(stored.as_bytes()), record.start);
+        assert_eq!(back.as_ref(), Ok(change), "a change comes back");
+        follower.apply(change);
+    }
+    let _ = follower.finish(&Fates::default()).table_events();
     let mut page = [0; 8192];
     for block in record.blocks() {
         if let Some(image) = block.image {
@@ -327,6 +343,13 @@ pub fn cluster_files(data: &[u8]) {
     if let Ok(history) = History::parse(TimelineId::new(9).expect("not zero"), data) {
         let _ = history.to_text();
     }
+    for (major, _) in PgMajor::ALL {
+        let _ = RelationMap::decode(data, major);
+    }
+    let mut heap = [0; BLOCK_BYTES];
+    let bytes = data.len().min(heap.len());
+    heap[..bytes].copy_from_slice(&data[..bytes]);
+    let _ = page_tuples(&heap);
     if let Ok(text) = std::str::from_utf8(data) {
         let _ = BackupLabel::parse(text);
         let _ = parse_tablespace_map(text);
