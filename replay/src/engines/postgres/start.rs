@@ -12,6 +12,7 @@ use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile, Hist
 use waltide_format::{Lsn, PgMajor, TimelineId};
 use waltide_storage::Progress;
 
+use super::install::{InstallError, Installation};
 use super::restore::Owner;
 use crate::plan::Plan;
 use crate::resolve::StopKind;
@@ -32,23 +33,8 @@ const PAGE_HEADER_BYTES_MAX: u64 = 40;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// There are no programs of that version.
-    #[error("no PostgreSQL {major} is found in {searched}\nhint: say --pg-bin DIR; nothing was touched")]
-    NoServer {
-        /// The major version needed.
-        major: PgMajor,
-        /// Where was looked.
-        searched: String,
-    },
-    /// The programs are of another version.
-    #[error("{} is {found}, the cluster is PostgreSQL {major}\nhint: say --pg-bin DIR; nothing was touched", bin.display())]
-    OtherVersion {
-        /// The directory.
-        bin: PathBuf,
-        /// What it says.
-        found: String,
-        /// The major version needed.
-        major: PgMajor,
-    },
+    #[error(transparent)]
+    Install(#[from] InstallError),
     /// A program could not be run.
     #[error("cannot run {}", program.display())]
     Run {
@@ -108,29 +94,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Finds the programs: where they are said to be, where Debian has them, or on the PATH.
+    /// Finds the programs as [`Installation::find`] does; `owner` is who runs them.
     pub fn find(bin: Option<&Path>, major: PgMajor, owner: Option<Owner>) -> Result<Self, StartError> {
-        let debian = PathBuf::from(format!("/usr/lib/postgresql/{major}/bin"));
-        let on_path = std::env::var_os("PATH").unwrap_or_default();
-        let mut places: Vec<PathBuf> = match bin {
-            Some(bin) => vec![bin.to_owned()],
-            None => std::iter::once(debian).chain(std::env::split_paths(&on_path)).collect(),
-        };
-        places.retain(|dir| dir.join("postgres").is_file() && dir.join("pg_ctl").is_file());
-        let searched = bin.map_or_else(
-            || format!("/usr/lib/postgresql/{major}/bin and the PATH"),
-            |bin| bin.display().to_string(),
-        );
-        let bin = places.into_iter().next().ok_or(StartError::NoServer { major, searched })?;
-        let server = Self { bin, owner };
-        let said = server.run("postgres", &["--version"])?;
-        let found = String::from_utf8_lossy(&said.stdout).trim().to_owned();
-        let number = found.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit()));
-        let digits = number.unwrap_or_default().split(|c: char| !c.is_ascii_digit()).next();
-        match digits.unwrap_or_default() == major.to_string() {
-            true => Ok(server),
-            false => Err(StartError::OtherVersion { bin: server.bin, found, major }),
-        }
+        let bin = Installation::find(major, bin)?.bin().to_owned();
+        Ok(Self { bin, owner })
     }
 
     /// The directory of the programs.
@@ -145,12 +112,6 @@ impl Server {
             command.gid(owner.gid).uid(owner.uid);
         }
         command
-    }
-
-    fn run(&self, program: &str, arguments: &[&str]) -> Result<std::process::Output, StartError> {
-        let mut command = self.command(program);
-        let done = command.args(arguments).output();
-        done.map_err(|source| StartError::Run { program: self.bin.join(program), source })
     }
 
     /// Starts the server on `data_dir` and waits until it has done what the plan says. Blocks.
