@@ -240,8 +240,8 @@ pub fn tablespace_redirect(data: &[u8]) {
     let mut at = from;
     for (n, byte) in body.iter().enumerate() {
         // Page headers lie in between.
-        if at % 8192 == 0 {
-            at += if at % size == 0 { 40 } else { 24 };
+        if at.is_multiple_of(8192) {
+            at += if at.is_multiple_of(size) { 40 } else { 24 };
         }
         let Some(place) = wal.get_mut(at) else { return };
         *place = length.get(n).filter(|_| choice & 1 != 0).copied().unwrap_or(*byte);
