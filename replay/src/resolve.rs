@@ -41,6 +41,16 @@ pub trait Source: Sync {
     /// The events of a segment's records.
     fn events(&self, entry: &SegmentEntry) -> impl Future<Output = Result<Arc<Events>, Self::Error>> + Send;
 
+    /// Which of `entries` may hold the end of a transaction: all, where nothing says more than that.
+    fn may_end(
+        &self,
+        entries: &[&SegmentEntry],
+        _xid: Xid,
+    ) -> impl Future<Output = Result<Vec<bool>, Self::Error>> + Send {
+        let all = vec![true; entries.len()];
+        async move { Ok(all) }
+    }
+
     /// The events of the record that begins in `before` and ends in `after`, which neither's index has.
     fn straddler(
         &self,
@@ -190,7 +200,16 @@ impl<'a, S: Source> Reading<'a, S> {
                 })
             }
             Target::Time(_) | Target::Xid(_) | Target::Name(_) => {
-                let parts = parts(run, start, &goal.target, goal.inclusive);
+                let mut parts = parts(run, start, &goal.target, goal.inclusive);
+                if let Target::Xid(xid) = goal.target {
+                    let entries: Vec<_> = run.steps.iter().map(|step| step.entry).collect();
+                    let may = self.source.may_end(&entries, xid).await?;
+                    let fits = |part: &Part| match part {
+                        Part::Segment(i) => may.get(*i).copied().unwrap_or(true),
+                        Part::Straddler(_) => true,
+                    };
+                    parts.retain(fits);
+                }
                 let find =
                     |step: &Step<'_>, events: &Events| first_stop(events, start, step.usable_end, end, goal);
                 let found = match goal.target {

@@ -13,8 +13,9 @@ use waltide_archiver::merged::{Indexed, MergeError, Merging};
 use waltide_archiver::prune::Pruning;
 use waltide_archiver::retention::{ObjectRole, Policy, PrunePlan};
 use waltide_format::WalFileName;
-use waltide_format::archive::{Catalog, ChainHead, MergedObject};
-use waltide_replay::Verify;
+use waltide_format::archive::{Catalog, ChainHead, MergedObject, Rates};
+use waltide_replay::engines::postgres::ArchivedIndexes;
+use waltide_replay::{Goal, Target, TargetAction, TargetTimeline, Verify, plan};
 use waltide_storage::{Archive, Faults, NoProgress};
 use waltide_tests::stored::Stored;
 use waltide_tests::{Cluster, Scratch, Waltide, poll_until};
@@ -482,4 +483,31 @@ fn a_real_cluster_is_indexed_by_backup_and_watch_through_kills_and_its_chain_is_
     let found = waltide.json_with_status(3, ["verify", "--chain", "--since", &head]);
     let object = found["faults"].as_array().unwrap().iter().map(|f| f["object"].as_str().unwrap());
     assert!(object.into_iter().any(|object| object.ends_with(last)), "{found}");
+}
+
+#[tokio::test]
+async fn a_transaction_in_a_long_archive_is_found_by_reading_a_few_objects() {
+    let sample = of_segments(250..520).await;
+    sample.put_backup(251, 251).await;
+    index(&sample).await;
+    let catalog = seen(&sample, Known::Nothing).await;
+    let at = TargetTimeline::Latest;
+    for (xid, is_there) in [(1200, true), (1219, true), (5000, false)] {
+        let goal = Goal {
+            target: Target::Xid(xid.into()),
+            inclusive: true,
+            timeline: at,
+            action: TargetAction::Promote,
+        };
+        let faults = Faults::none();
+        let source = ArchivedIndexes::new(sample.archive.with_faults(faults.clone()));
+        let names = sample.names();
+        let found = plan(&catalog, &goal, None, Rates::default(), &source.clone().with_merged(names)).await;
+        let calls = faults.calls();
+        let plain = plan(&catalog, &goal, None, Rates::default(), &source).await;
+        assert_eq!(found.is_ok(), is_there);
+        assert_eq!(format!("{found:?}"), format!("{plain:?}"), "xid {xid}");
+        // A listing, the step of 256, the segments before and behind it, and the one with the transaction: not 270.
+        assert!(calls <= 24, "xid {xid}: {calls} calls");
+    }
 }

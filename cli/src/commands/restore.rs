@@ -280,7 +280,8 @@ pub(crate) async fn make_plan(
     backup: Option<&BackupId>,
 ) -> Result<Plan, Failure> {
     let rates = measured_rates(archive, layout, catalog).await;
-    let source = ArchivedIndexes::new(archive.clone());
+    let names = layout.system(catalog.system.system_id);
+    let source = ArchivedIndexes::new(archive.clone()).with_merged(names);
     plan(catalog, goal, backup, rates, &source).await.map_err(|e| {
         let status = plan_status(&e);
         Failure::from(e).status(status)

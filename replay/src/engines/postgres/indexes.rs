@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use waltide_format::archive::{SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment};
+use waltide_format::archive::{SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, SystemLayout};
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XlogRecord,
 };
-use waltide_format::{Corrupt, Lsn};
+use waltide_format::{Corrupt, Lsn, Xid};
 use waltide_storage::{Archive, StorageError};
 
 use super::fetch::SEGMENT_OBJECT_BYTES_MAX;
+use super::merged::may_end;
 use crate::resolve::{Events, Source};
 
 /// Most indexes lie in this much of their object's end.
@@ -59,12 +60,19 @@ impl SearchError {
 #[derive(Debug, Clone)]
 pub struct ArchivedIndexes {
     archive: Archive,
+    merged: Option<SystemLayout>,
 }
 
 impl ArchivedIndexes {
     /// Those of the segments in `archive`.
     pub const fn new(archive: Archive) -> Self {
-        Self { archive }
+        Self { archive, merged: None }
+    }
+
+    /// The same, which asks the system's merged indexes first where those spare reading segments.
+    #[must_use]
+    pub fn with_merged(self, names: SystemLayout) -> Self {
+        Self { merged: Some(names), ..self }
     }
 
     /// A segment's index.
@@ -120,6 +128,13 @@ impl ArchivedIndexes {
 
 impl Source for ArchivedIndexes {
     type Error = SearchError;
+
+    async fn may_end(&self, entries: &[&SegmentEntry], xid: Xid) -> Result<Vec<bool>, SearchError> {
+        match &self.merged {
+            Some(names) => Ok(may_end(&self.archive, names, entries, xid).await?),
+            None => Ok(vec![true; entries.len()]),
+        }
+    }
 
     async fn events(&self, entry: &SegmentEntry) -> Result<Arc<Events>, SearchError> {
         Ok(Arc::new(Events::of(self.index(entry).await?)))

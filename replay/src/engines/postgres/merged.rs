@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::archive::{
-    Catalog, ChainLink, MergedDirectory, MergedIndex, MergedName, MergedObject, MergedSegment, SegmentEntry,
-    SystemLayout,
+    Catalog, ChainLink, MergedDirectory, MergedIndex, MergedName, MergedObject, MergedSegment, MergedSummary,
+    SegmentEntry, SystemLayout,
 };
+use waltide_format::{SegmentName, Xid};
 use waltide_storage::{Archive, ObjectInfo, StorageError};
 
 use super::indexes::{ArchivedIndexes, SearchError};
@@ -190,6 +191,54 @@ impl IndexCheck<'_> {
         Ok(section_that_differs(&whole, stored)
             .map(|section| format!("it is not what the segments say: {section} differs")))
     }
+}
+
+/// Fewer segments than these are asked themselves.
+const WORTH_IT: usize = 4;
+
+/// Which of `entries` may hold the end of a transaction, as far as merged indexes made from these very copies tell.
+pub(crate) async fn may_end(
+    archive: &Archive,
+    names: &SystemLayout,
+    entries: &[&SegmentEntry],
+    xid: Xid,
+) -> Result<Vec<bool>, StorageError> {
+    let mut may = vec![true; entries.len()];
+    let mut open: BTreeMap<SegmentName, usize> =
+        entries.iter().zip(0usize..).map(|(entry, at)| (entry.info.name, at)).collect();
+    if open.len() < WORTH_IT {
+        return Ok(may);
+    }
+    let listed = archive.list(&names.merged()).await?.into_iter();
+    let mut listed: Vec<_> = listed.filter_map(|o| Some((names.parse_merged(&o.path)?, o.path))).collect();
+    // Those that cover most come first, and of one range the newest.
+    listed.sort_by_key(|(name, _)| std::cmp::Reverse((name.step, name.builder, name.generation)));
+    for (name, path) in listed {
+        if open.range(name.first..=name.last).count() < WORTH_IT {
+            continue;
+        }
+        let read = archive.read_end(&path, MergedSummary::tail_bytes(&name), |tail, size| {
+            MergedSummary::decode(&name, tail, size)
+        });
+        let index = match read.await {
+            Ok(Ok(index)) => index,
+            Ok(Err(e)) => {
+                tracing::warn!("{path} is damaged, reading the segments instead: {e}");
+                continue;
+            }
+            Err(e) if e.is_not_found() || e.is_bad_object() => continue,
+            Err(e) => return Err(e),
+        };
+        for segment in &index.segments {
+            let Some(at) = open.get(&segment.info.name).copied() else { continue };
+            let made_of_it = entries.get(at).is_some_and(|entry| segment.is_of(entry));
+            if let Some(may) = may.get_mut(at).filter(|_| made_of_it) {
+                *may = segment.may_end(xid);
+                open.remove(&segment.info.name);
+            }
+        }
+    }
+    Ok(may)
 }
 
 /// The first section in which two differ.
