@@ -1,7 +1,7 @@
 //! The transactions in the archive, in the order of their commits, with what each did.
 //!
-//! Segments are read ahead on several threads and put together in order ([`join`]); what is read is decided from
-//! the catalogue and the indexes alone ([`windows`], [`filter`]).
+//! Segments are read ahead on several threads and put together in order (`join`); what is read is decided from
+//! the catalogue and the indexes alone (`windows`, `filter`).
 
 mod fates;
 mod filter;
