@@ -161,10 +161,11 @@ fn the_plan_says_where_the_server_then_stops() {
         journal.assert_exactly_up_to(&cluster, at.id);
         assert_eq!(cluster.query("select pg_is_in_recovery()"), if state == "paused" { "t" } else { "f" });
         let seconds = |of: &serde_json::Value, name: &str| of[name].as_f64().unwrap();
-        let took = seconds(outcome, "seconds") + seconds(&answer["restored"], "seconds");
-        let estimate = seconds(&plan["estimate"], "total_seconds");
-        // Tests run beside one another, so that anything may take longer than alone.
-        assert!(estimate < took * 4.0 && took < estimate * 8.0, "estimated {estimate}, took {took}");
+        // How near it comes is held by recorded drills in estimates.rs: here the machine has other work, or none.
+        let [restore, recovery, total] =
+            ["restore_seconds", "recovery_seconds", "total_seconds"].map(|n| seconds(&plan["estimate"], n));
+        assert!(restore > 0.0 && recovery > 0.0 && (restore + recovery - total).abs() < 1e-6, "{plan}");
+        assert!(seconds(outcome, "seconds") + seconds(&answer["restored"], "seconds") > 0.0);
         // pg_ctl started it: nobody else stops it.
         let stop = cluster.install().runner("pg_ctl").args(["stop", "-m", "fast", "-D", text(&data_dir)]);
         stop.run().assert_ok();
