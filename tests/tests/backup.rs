@@ -145,7 +145,7 @@ fn a_backup_under_load_comes_back_as_the_database_was() {
         cluster.wait_until(&format!("select count(*) > {rows} from in_slow"));
     }
     for load in load {
-        load.interrupt();
+        load.terminate();
     }
     cluster.archive_all();
     let expected = digests(&cluster);

@@ -78,7 +78,7 @@ fn every_form_of_a_base_backup_comes_back_as_the_database_was() {
         taken.push((name, cluster.base_backup(name, args)));
         journal.step(&cluster, name);
     }
-    load.interrupt();
+    load.terminate();
     cluster.archive_all();
     let balance = "select sum(abalance), (select count(*) from pgbench_history) from pgbench_accounts";
     let expected = cluster.query(balance);

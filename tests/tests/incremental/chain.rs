@@ -29,7 +29,7 @@ fn chain(site: &Site, cluster: &mut Cluster, links: usize, chance: &mut Chance) 
         let running = site.waltide.spawn(site.args(cluster, &["--type", kind, "--json"]));
         load::step(cluster, chance);
         let done = running.wait().assert_ok();
-        bench.interrupt();
+        bench.terminate();
         last = serde_json::from_str(&done.stdout).unwrap();
         assert_eq!(last["kind"], kind, "link {link}: {last}");
         let count = site.manifest(cluster, &last).maps.len();

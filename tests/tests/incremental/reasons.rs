@@ -130,7 +130,7 @@ fn without_the_wal_since_the_parent_a_full_is_made() {
             break;
         }
     }
-    busy.interrupt();
+    busy.terminate();
     assert!(refused, "no backup began behind a segment's beginning");
     site.waltide.ok(["verify", "--quick", "latest"]);
 }
