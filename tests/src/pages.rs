@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use waltide_archiver::engines::postgres::files::RelationSegment;
+use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, ForkNumber};
 
 /// One page.

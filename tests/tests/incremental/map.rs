@@ -5,9 +5,9 @@ use std::fs;
 
 use waltide_archiver::catalog::load;
 use waltide_archiver::engines::postgres::backup::changed_blocks;
-use waltide_archiver::engines::postgres::files::RelationSegment;
 use waltide_format::archive::{Layout, Lineage};
 use waltide_format::engines::postgres::changes::{ChangedBlocks, Changes};
+use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, ForkNumber, Lsn, RelFileLocator, TimelineId};
 use waltide_storage::{Archive, ArchiveUrl};
 use waltide_tests::{Cluster, pages};

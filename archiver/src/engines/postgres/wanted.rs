@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use waltide_format::archive::{BlockSet, Manifest, ManifestFile};
 use waltide_format::engines::postgres::changes::{ChangedBlocks, Changes};
+use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, Oid, RelFileLocator};
 
-use super::files::{RelationSegment, SourceFile};
+use super::files::SourceFile;
 
 /// `DEFAULTTABLESPACE_OID`: what lies below `base`.
 const DEFAULT_TABLESPACE: Oid = 1663;

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use waltide_format::Oid;
 use waltide_format::archive::{ManifestDirectory, Tablespace};
-use waltide_format::engines::postgres::cluster::{ControlFile, parse_tablespace_map};
+use waltide_format::engines::postgres::cluster::{ControlFile, RelationSegment, parse_tablespace_map};
 
 use super::super::control::read_version;
-use super::super::files::{CONTROL_FILE, RelationSegment, Scan, SourceFile, is_left_out, scan};
+use super::super::files::{CONTROL_FILE, Scan, SourceFile, is_left_out, scan};
 use super::ImportError;
 
 /// backup_label, tablespace_map and their like are texts of a few lines.

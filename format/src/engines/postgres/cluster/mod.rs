@@ -4,8 +4,10 @@ mod control;
 pub mod data_page;
 mod history;
 mod label;
+mod relation_file;
 
 pub use control::{ClusterState, ControlError, ControlFile, RecoverySettings};
 pub use data_page::{PageState, verify_page};
 pub use history::{History, HistoryEntry, HistoryError};
 pub use label::{BackupHistory, BackupLabel, LabelError, parse_tablespace_map, tablespace_map_text};
+pub use relation_file::RelationSegment;
