@@ -180,6 +180,23 @@ impl Footer {
         Ok(found)
     }
 
+    /// The directory's bytes and where it lies, out of `tail`, the last bytes of an object of `object_bytes` bytes.
+    /// `Ok(Err(n))` says that `n` bytes of tail are needed.
+    pub(super) fn directory(tail: &[u8], object_bytes: u64) -> Result<Result<(&[u8], u64), u64>, Corrupt> {
+        let footer = Self::decode(tail, object_bytes)?;
+        let needed = object_bytes.saturating_sub(footer.directory_at);
+        let from = usize::try_from(needed).ok().and_then(|needed| tail.len().checked_sub(needed));
+        let Some(from) = from else { return Ok(Err(needed)) };
+        let to = tail.len().saturating_sub(FOOTER_BYTES);
+        let bytes = tail.get(from..to).unwrap_or_default();
+        let found = crc32fast::hash(bytes);
+        if found != footer.directory_crc {
+            let expected = u64::from(footer.directory_crc);
+            return Err(Corrupt::mismatch("directory", footer.directory_at, u64::from(found), expected));
+        }
+        Ok(Ok((bytes, footer.directory_at)))
+    }
+
     /// Checks a whole object: header, length, and the checksum over every byte.
     pub fn check(object: &[u8], kind: ObjectKind) -> Result<Self, Corrupt> {
         Header::expect(object, kind)?;

@@ -6,7 +6,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind};
 use super::index::{INFO_SECTION, SECTION_VERSION, SUMMARY_SECTIONS, SegmentIndex, SegmentInfo, decode_info};
-use super::stretch::{SECTION_BYTES_MAX, Stretch, pack_with};
+use super::stretch::{SectionAt, Stretch, Stretches, pack_with};
 use crate::error::{Corrupt, Problem};
 use crate::reader::{Reader, Writer};
 
@@ -170,25 +170,17 @@ pub struct SegmentDirectory {
     /// Where the sections start: everything before is chunks.
     pub sections_at: u64,
     chunks: Vec<Stretch>,
-    sections: Vec<(u16, u16, Stretch)>,
+    sections: Vec<SectionAt>,
 }
 
 impl SegmentDirectory {
     /// Reads the directory out of `tail`, the last bytes of an object of `object_bytes` bytes. `Ok(Err(n))`
     /// says that `n` bytes of tail are needed.
     pub fn decode(tail: &[u8], object_bytes: u64) -> Result<Result<Self, u64>, Corrupt> {
-        let footer = Footer::decode(tail, object_bytes)?;
-        let needed = object_bytes.saturating_sub(footer.directory_at);
-        let from = usize::try_from(needed).ok().and_then(|needed| tail.len().checked_sub(needed));
-        let Some(from) = from else { return Ok(Err(needed)) };
-        let to = tail.len().saturating_sub(FOOTER_BYTES);
-        let bytes = tail.get(from..to).unwrap_or_default();
-        let found = crc32fast::hash(bytes);
-        if found != footer.directory_crc {
-            let expected = u64::from(footer.directory_crc);
-            return Err(Corrupt::mismatch("directory", footer.directory_at, u64::from(found), expected));
+        match Footer::directory(tail, object_bytes)? {
+            Ok((bytes, at)) => Self::parse(bytes, at).map(Ok),
+            Err(needed) => Ok(Err(needed)),
         }
-        Self::parse(bytes, footer.directory_at).map(Ok)
     }
 
     fn parse(bytes: &[u8], base: u64) -> Result<Self, Corrupt> {
@@ -205,43 +197,16 @@ impl SegmentDirectory {
         if count as u64 != wal_bytes.div_ceil(chunk_bytes) {
             return Err(Corrupt::mismatch("chunks", at, count as u64, wal_bytes.div_ceil(chunk_bytes)));
         }
-        let mut next = HEADER_BYTES as u64;
-        let mut stretch = |r: &mut Reader<'_>, raw: Option<u64>| {
-            let at = r.position();
-            let stored_bytes = r.varint("stored_bytes")?;
-            let raw_bytes = match raw {
-                Some(raw) => raw,
-                None => r.varint("raw_bytes")?,
-            };
-            if raw_bytes > SECTION_BYTES_MAX {
-                return Err(Corrupt::too_large("raw_bytes", at, raw_bytes, SECTION_BYTES_MAX));
-            }
-            let found = Stretch { at: next, stored_bytes, raw_bytes, crc: r.u32("crc")? };
-            next = found.end();
-            if next > base {
-                return Err(Corrupt::too_large("stored_bytes", at, next, base));
-            }
-            Ok(found)
-        };
+        let mut stretches = Stretches::before(base);
         let mut chunks = Vec::with_capacity(count);
         let mut left = wal_bytes;
         for _ in 0..count {
             let raw = left.min(chunk_bytes);
             left = left.saturating_sub(raw);
-            chunks.push(stretch(&mut r, Some(raw))?);
+            chunks.push(stretches.read(&mut r, Some(raw))?);
         }
-        let sections_at = chunks.last().map_or(HEADER_BYTES as u64, |c| c.end());
-        let count = r.count(10, "sections")?;
-        let mut sections = Vec::with_capacity(count);
-        for _ in 0..count {
-            let (id, version) = (r.u16("section")?, r.u16("section_version")?);
-            sections.push((id, version, stretch(&mut r, None)?));
-        }
-        let end = sections.last().map_or(sections_at, |(_, _, s)| s.end());
-        if end != base {
-            return Err(Corrupt::mismatch("directory_at", base, base, end));
-        }
-        r.finish("directory")?;
+        let sections_at = stretches.next_at();
+        let sections = stretches.read_sections(r)?;
         Ok(Self { wal_bytes, digest, sections_at, chunks, sections })
     }
 

@@ -1,10 +1,11 @@
 //! A part of an object that is compressed and checked on its own: a chunk of WAL, a section of an index.
 
-use super::envelope::decompress;
+use super::envelope::{HEADER_BYTES, decompress};
 use crate::error::{Corrupt, Problem};
+use crate::reader::Reader;
 
 /// No section is larger; the blocks of a 1 GiB segment stay far below.
-pub(super) const SECTION_BYTES_MAX: u64 = 1 << 30;
+const SECTION_BYTES_MAX: u64 = 1 << 30;
 
 /// One stretch of an object: where it lies, its checksum, its length once decompressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,61 @@ impl Stretch {
             return Ok(stored.to_vec());
         }
         decompress(stored, self.raw_bytes).ok_or(damaged)
+    }
+}
+
+/// A section as a directory names it: its number, its version, where it lies.
+pub(super) type SectionAt = (u16, u16, Stretch);
+
+/// Reads a directory's stretches, which lie one behind the other from the header to the directory.
+#[derive(Debug)]
+pub(super) struct Stretches {
+    next: u64,
+    directory_at: u64,
+}
+
+impl Stretches {
+    pub(super) const fn before(directory_at: u64) -> Self {
+        Self { next: HEADER_BYTES as u64, directory_at }
+    }
+
+    /// Where the next stretch begins.
+    pub(super) const fn next_at(&self) -> u64 {
+        self.next
+    }
+
+    /// Reads the next stretch; its decompressed length too, unless that is known.
+    pub(super) fn read(&mut self, r: &mut Reader<'_>, raw_bytes: Option<u64>) -> Result<Stretch, Corrupt> {
+        let at = r.position();
+        let stored_bytes = r.varint("stored_bytes")?;
+        let raw_bytes = match raw_bytes {
+            Some(raw_bytes) => raw_bytes,
+            None => r.varint("raw_bytes")?,
+        };
+        if raw_bytes > SECTION_BYTES_MAX {
+            return Err(Corrupt::too_large("raw_bytes", at, raw_bytes, SECTION_BYTES_MAX));
+        }
+        let found = Stretch { at: self.next, stored_bytes, raw_bytes, crc: r.u32("crc")? };
+        self.next = found.end();
+        match self.next > self.directory_at {
+            true => Err(Corrupt::too_large("stored_bytes", at, self.next, self.directory_at)),
+            false => Ok(found),
+        }
+    }
+
+    /// Reads the sections, which are the last stretches and end the directory.
+    pub(super) fn read_sections(mut self, mut r: Reader<'_>) -> Result<Vec<SectionAt>, Corrupt> {
+        let count = r.count(10, "sections")?;
+        let mut sections = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (number, version) = (r.u16("section")?, r.u16("section_version")?);
+            sections.push((number, version, self.read(&mut r, None)?));
+        }
+        if self.next != self.directory_at {
+            return Err(Corrupt::mismatch("directory_at", self.directory_at, self.directory_at, self.next));
+        }
+        r.finish("directory")?;
+        Ok(sections)
     }
 }
 

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use super::merge::{MergedIndex, MergedSegment, RelationSegments, TouchedFork};
 use crate::archive::chain::{ChainHash, ChainHead, ChainStart};
-use crate::archive::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind};
+use crate::archive::envelope::{Footer, Header, ObjectKind};
 use crate::archive::index::{
     SECTION_VERSION, SegmentIndex, SegmentInfo, XactEnd, decode_info, decode_xact, encode_info, encode_xact,
     get_bool, get_fork, get_info, get_option, get_relation, items, list, put_option, put_relation, section,
 };
 use crate::archive::source::PushSource;
-use crate::archive::stretch::{SECTION_BYTES_MAX, Stretch, pack_with};
+use crate::archive::stretch::{SectionAt, Stretch, Stretches, pack_with};
 use crate::error::Corrupt;
 use crate::ids::Lsn;
 use crate::reader::{Reader, Writer};
@@ -100,7 +100,7 @@ pub struct MergedDirectory {
     pub after: ChainHash,
     /// What the first segment's own index says first.
     pub first: SegmentInfo,
-    sections: Vec<(u16, u16, Stretch)>,
+    sections: Vec<SectionAt>,
 }
 
 impl MergedObject {
@@ -182,18 +182,10 @@ impl MergedDirectory {
     /// Reads the directory out of `tail`, the last bytes of an object of `object_bytes` bytes. `Ok(Err(n))`
     /// says that `n` bytes of tail are needed.
     pub fn decode(tail: &[u8], object_bytes: u64) -> Result<Result<Self, u64>, Corrupt> {
-        let footer = Footer::decode(tail, object_bytes)?;
-        let needed = object_bytes.saturating_sub(footer.directory_at);
-        let from = usize::try_from(needed).ok().and_then(|needed| tail.len().checked_sub(needed));
-        let Some(from) = from else { return Ok(Err(needed)) };
-        let to = tail.len().saturating_sub(FOOTER_BYTES);
-        let bytes = tail.get(from..to).unwrap_or_default();
-        let found = crc32fast::hash(bytes);
-        if found != footer.directory_crc {
-            let expected = u64::from(footer.directory_crc);
-            return Err(Corrupt::mismatch("directory", footer.directory_at, u64::from(found), expected));
+        match Footer::directory(tail, object_bytes)? {
+            Ok((bytes, at)) => Self::parse(bytes, at).map(Ok),
+            Err(needed) => Ok(Err(needed)),
         }
-        Self::parse(bytes, footer.directory_at).map(Ok)
     }
 
     fn parse(bytes: &[u8], base: u64) -> Result<Self, Corrupt> {
@@ -210,34 +202,14 @@ impl MergedDirectory {
         let length = r.count(1, "first")?;
         let at = r.position();
         let first = decode_info(r.take(length, "first")?).map_err(|e| e.offset_by(at))?;
-        let count = r.count(10, "sections")?;
-        let mut sections = Vec::with_capacity(count);
-        let mut next = HEADER_BYTES as u64;
-        for _ in 0..count {
-            let (number, version) = (r.u16("section")?, r.u16("section_version")?);
-            let at = r.position();
-            let (stored_bytes, raw_bytes) = (r.varint("stored_bytes")?, r.varint("raw_bytes")?);
-            if raw_bytes > SECTION_BYTES_MAX {
-                return Err(Corrupt::too_large("raw_bytes", at, raw_bytes, SECTION_BYTES_MAX));
-            }
-            let stretch = Stretch { at: next, stored_bytes, raw_bytes, crc: r.u32("crc")? };
-            next = stretch.end();
-            if next > base {
-                return Err(Corrupt::too_large("stored_bytes", at, next, base));
-            }
-            sections.push((number, version, stretch));
-        }
-        if next != base {
-            return Err(Corrupt::mismatch("directory_at", base, base, next));
-        }
-        r.finish("directory")?;
+        let sections = Stretches::before(base).read_sections(r)?;
         let chain = ChainStart { origin, before };
         Ok(Self { builder, segments, is_reduced, chain, after, first, sections })
     }
 
     fn stretch(&self, section: MergedSection) -> Option<Stretch> {
         let number = section.number();
-        let known = |(n, version, _): &&(u16, u16, Stretch)| *n == number && *version == SECTION_VERSION;
+        let known = |(n, version, _): &&SectionAt| *n == number && *version == SECTION_VERSION;
         self.sections.iter().find(known).map(|(.., stretch)| *stretch)
     }
 
