@@ -15,7 +15,7 @@ use waltide_archiver::retention::{ObjectRole, Policy, PrunePlan};
 use waltide_format::WalFileName;
 use waltide_format::archive::{Catalog, ChainHead, MergedObject, Rates};
 use waltide_replay::engines::postgres::ArchivedIndexes;
-use waltide_replay::{Goal, Target, TargetAction, TargetTimeline, Verify, plan};
+use waltide_replay::{Goal, Target, TargetAction, TargetTimeline, plan};
 use waltide_storage::{Archive, Faults, NoProgress};
 use waltide_tests::stored::Stored;
 use waltide_tests::{Cluster, Scratch, Waltide, poll_until};
@@ -277,16 +277,7 @@ async fn a_prune_removes_a_damaged_merged_index_once_another_was_made() {
 /// What verify finds with the chain, and the head of the newest one.
 async fn prove(sample: &Sample, since: Option<ChainHead>) -> (Vec<(String, String)>, Option<ChainHead>) {
     let catalog = seen(sample, Known::Nothing).await;
-    let verify = Verify {
-        archive: &sample.archive,
-        layout: &sample.layout,
-        catalog: &catalog,
-        backup: None,
-        quick: false,
-        time_allowed: None,
-        threads: 2,
-        progress: &NoProgress,
-    };
+    let verify = sample.whole(&catalog);
     let mut found = verify.run(later()).await.unwrap();
     verify.prove_chain(since, &mut found).await.unwrap();
     let head = found.chains.last().map(|c| c.head);

@@ -459,6 +459,15 @@ pub(crate) mod samples {
         }
     }
 
+    /// Segments of timeline 1 that follow one another, each with a digest of its own.
+    pub(crate) fn digested(numbers: impl IntoIterator<Item = u64>) -> Catalog {
+        let mut c = catalog(numbers.into_iter().map(|n| segment(1, n)).collect());
+        for (n, entry) in c.segments.iter_mut().enumerate() {
+            entry.digest = format!("{n:064x}");
+        }
+        c
+    }
+
     /// A full backup; its name and its times come from where it starts.
     pub(crate) fn backup(timeline: u32, start: u64, stop: u64) -> BackupEntry {
         let at = |lsn: u64| TimestampTz::from_postgres_micros(i64::try_from(lsn).unwrap());

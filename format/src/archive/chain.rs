@@ -185,14 +185,6 @@ mod tests {
     use super::super::{Catalog, Lineage};
     use super::*;
 
-    fn archive(numbers: impl IntoIterator<Item = u64>) -> Catalog {
-        let mut c = catalog(numbers.into_iter().map(|n| segment(1, n)).collect());
-        for (n, entry) in c.segments.iter_mut().enumerate() {
-            entry.digest = format!("{n:064x}");
-        }
-        c
-    }
-
     fn head(c: &Catalog, timeline: u32) -> ChainHead {
         let links = c.runs(&c.lineage(t(timeline)))[0].links();
         ChainStart::new(c.system.system_id, links[0].name).head(&links).unwrap()
@@ -200,7 +192,7 @@ mod tests {
 
     #[test]
     fn whatever_changes_in_a_chain_changes_its_head() {
-        let whole = archive(3..9);
+        let whole = digested(3..9);
         let noted = head(&whole, 1);
         assert_eq!(noted, head(&whole, 1));
         let mut replaced = whole.clone();
@@ -210,7 +202,7 @@ mod tests {
         let mut swapped = whole.clone();
         (swapped.segments[1].digest, swapped.segments[2].digest) =
             (whole.segments[2].digest.clone(), whole.segments[1].digest.clone());
-        for other in [replaced, shorter, swapped, archive(3..8), archive(4..9)] {
+        for other in [replaced, shorter, swapped, digested(3..8), digested(4..9)] {
             assert_ne!(head(&other, 1).hash, noted.hash);
         }
         let text = noted.to_string();
@@ -222,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_timeline_continues_the_chain_of_the_one_it_left() {
-        let mut c = archive(3..9);
+        let mut c = digested(3..9);
         let mut child = segment(2, 6);
         child.digest = format!("{:064x}", 77);
         c.segments.push(child);
@@ -240,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_segment_in_which_the_log_ends_is_taken_in_once_another_follows() {
-        let mut c = archive(3..6);
+        let mut c = digested(3..6);
         c.segments[2].info.ending = Ending::EndOfLog;
         assert_eq!(head(&c, 1).last.to_string(), "000000010000000000000004");
         let mut next = segment(1, 6);

@@ -203,32 +203,14 @@ async fn what_was_never_verified_comes_first() {
     let sample = Sample::new().await;
     let catalog = sample.catalog().await;
     let run = async |time_allowed, at| {
-        let verify = Verify {
-            archive: &sample.archive,
-            layout: &sample.layout,
-            catalog: &catalog,
-            backup: None,
-            quick: false,
-            time_allowed,
-            threads: 1,
-            progress: &NoProgress,
-        };
+        let verify = Verify { time_allowed, threads: 1, ..sample.whole(&catalog) };
         verify.run(at).await.unwrap()
     };
     assert!(!run(Some(Duration::ZERO), hour(100)).await.complete, "no time, nothing done");
     let path = run(None, hour(101)).await.ledger.unwrap();
     sample.put_backup(5, 5).await;
     let catalog = sample.catalog().await;
-    let verify = Verify {
-        archive: &sample.archive,
-        layout: &sample.layout,
-        catalog: &catalog,
-        backup: None,
-        quick: false,
-        time_allowed: None,
-        threads: 1,
-        progress: &NoProgress,
-    };
+    let verify = Verify { threads: 1, ..sample.whole(&catalog) };
     let ledger = verify.run(hour(102)).await.unwrap().ledger.unwrap();
     assert_ne!(path, ledger);
     let bytes = sample.archive.get(&ledger, 1 << 20).await.unwrap();
@@ -243,16 +225,7 @@ async fn the_ledger_forgets_what_was_looked_at_again() {
     let sample = Sample::new().await;
     let catalog = sample.catalog().await;
     for n in 0..40 {
-        let verify = Verify {
-            archive: &sample.archive,
-            layout: &sample.layout,
-            catalog: &catalog,
-            backup: None,
-            quick: n % 3 != 0,
-            time_allowed: None,
-            threads: 1,
-            progress: &NoProgress,
-        };
+        let verify = Verify { quick: n % 3 != 0, threads: 1, ..sample.whole(&catalog) };
         let found = verify.run(hour(100 + n)).await.unwrap();
         assert_eq!(found.faults, []);
         let records = sample.archive.list(&sample.names().ledger()).await.unwrap();

@@ -302,16 +302,20 @@ impl Sample {
     }
 
     pub(crate) async fn verify_catalog(&self, catalog: &Catalog, quick: bool) -> Verification {
-        let verify = Verify {
+        Verify { quick, ..self.whole(catalog) }.run(hour(100)).await.unwrap()
+    }
+
+    /// A verification of everything.
+    pub(crate) fn whole<'a>(&'a self, catalog: &'a Catalog) -> Verify<'a> {
+        Verify {
             archive: &self.archive,
             layout: &self.layout,
             catalog,
             backup: None,
-            quick,
+            quick: false,
             time_allowed: None,
             threads: 2,
             progress: &NoProgress,
-        };
-        verify.run(hour(100)).await.unwrap()
+        }
     }
 }

@@ -192,14 +192,6 @@ mod tests {
     use super::*;
     use crate::archive::catalog::samples::*;
 
-    fn archive(numbers: impl IntoIterator<Item = u64>) -> Catalog {
-        let mut c = catalog(numbers.into_iter().map(|n| segment(1, n)).collect());
-        for (n, entry) in c.segments.iter_mut().enumerate() {
-            entry.digest = format!("{n:064x}");
-        }
-        c
-    }
-
     fn ranges(c: &Catalog) -> Vec<(u64, String, String)> {
         let name = |g: MergeGroup<'_>| (g.name.step, g.name.first.to_string(), g.name.last.to_string());
         c.merge_groups(&[]).into_iter().map(name).collect()
@@ -208,34 +200,34 @@ mod tests {
     #[test]
     fn only_whole_steps_without_a_hole_are_merged() {
         let group = |step: u64, first: &str, last: &str| (step, first.to_owned(), last.to_owned());
-        let found = ranges(&archive(3..40));
+        let found = ranges(&digested(3..40));
         assert_eq!(found, [group(16, "000000010000000000000010", "00000001000000000000001F")]);
-        let mut holed = archive(3..80);
+        let mut holed = digested(3..80);
         holed.segments.retain(|s| s.info.name.to_string() != "00000001000000000000002A");
         let firsts: Vec<_> = ranges(&holed).into_iter().map(|(_, first, _)| first).collect();
         assert_eq!(
             firsts,
             ["000000010000000000000010", "000000010000000000000030", "000000010000000000000040"]
         );
-        let mut broken = archive(3..40);
+        let mut broken = digested(3..40);
         broken.segments[20].info.first_prev = Some(Lsn::from(7));
         assert_eq!(ranges(&broken), []);
-        assert_eq!(ranges(&archive(256..512)).len(), 17);
+        assert_eq!(ranges(&digested(256..512)).len(), 17);
     }
 
     #[test]
     fn a_segment_whose_log_ends_inside_is_merged_once_another_follows() {
-        let mut c = archive(16..32);
+        let mut c = digested(16..32);
         c.segments[15].info.ending = crate::archive::Ending::EndOfLog;
         assert_eq!(ranges(&c), []);
-        let mut partial = archive(16..32);
+        let mut partial = digested(16..32);
         partial.segments[15].path.push_str(".partial");
         assert_eq!(ranges(&partial), []);
     }
 
     #[test]
     fn another_copy_of_a_segment_is_another_name() {
-        let c = archive(16..32);
+        let c = digested(16..32);
         let mut other = c.clone();
         other.segments[4].digest = format!("{:064x}", 99);
         let name = |c: &Catalog| c.merge_groups(&[])[0].name;
@@ -245,7 +237,7 @@ mod tests {
 
     #[test]
     fn the_chain_goes_on_from_a_head_that_was_written_down() {
-        let whole = archive(3..64);
+        let whole = digested(3..64);
         let groups = whole.merge_groups(&[]);
         let heads: Vec<_> = groups
             .iter()
