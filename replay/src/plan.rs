@@ -1,5 +1,7 @@
 //! What a restore will do, known before it does anything: the base backup, the WAL, the exact end; or why not.
 
+mod damage;
+
 use std::fmt;
 
 use serde::Serialize;
@@ -10,6 +12,7 @@ use waltide_format::{BackupId, Lsn, PgMajor, SegmentName, SystemId, TimelineId, 
 
 use crate::resolve::{LastCommit, Lost, Reading, Resolution, Source, Stop, StopKind};
 use crate::target::{Goal, GoalError, Target, TargetTimeline};
+use damage::Damage;
 
 /// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
@@ -18,22 +21,30 @@ pub enum PlanError {
     #[error(transparent)]
     Goal(#[from] GoalError),
     /// The archive has no complete backup.
-    #[error("cluster {cluster} has no complete backup\nhint: make one with `waltide backup`")]
+    #[error("cluster {cluster} has no complete backup{damaged}\nhint: {}", if damaged.is_empty() { "make one with `waltide backup`" } else { "run `waltide verify`" })]
     NoBackup {
         /// The cluster's name.
         cluster: String,
+        /// What of it cannot be read, a line each.
+        damaged: String,
     },
     /// The backup named is not there.
-    #[error("cluster {cluster} has no complete backup {backup}\nhint: `waltide list` shows those there are")]
+    #[error(
+        "cluster {cluster} has no complete backup {backup}{damaged}\nhint: `waltide list` shows those there are"
+    )]
     UnknownBackup {
         /// The cluster's name.
         cluster: String,
+        /// What of it cannot be read, a line each.
+        damaged: String,
         /// The backup asked for.
         backup: BackupId,
     },
     /// Nothing in the archive is of this timeline.
-    #[error("the archive has nothing of timeline {timeline}; it has {known}")]
+    #[error("the archive has nothing of timeline {timeline}; it has {known}{damaged}")]
     NoTimeline {
+        /// What cannot be read, a line each.
+        damaged: String,
         /// The timeline asked for.
         timeline: TimelineId,
         /// Those there are.
@@ -197,6 +208,7 @@ pub async fn plan<S: Source>(
 ) -> Result<Plan, PlanError> {
     goal.check()?;
     let candidates = candidates(catalog, goal.timeline, backup)?;
+    let damage = Damage::of(catalog);
     let reading = Reading::new(source);
     let fail = |e: S::Error| PlanError::Source(Box::new(e));
     let mut attempts: Vec<Attempt> = Vec::new();
@@ -204,6 +216,18 @@ pub async fn plan<S: Source>(
     for candidate in &candidates {
         let head = &candidate.entry.head;
         let mut refuse = |reason: String| attempts.push(Attempt { backup: head.id.clone(), reason });
+        if let Some(history) = damage.history(&candidate.line, goal.timeline) {
+            let told = damage::told(history);
+            refuse(match goal.timeline {
+                TargetTimeline::Latest => {
+                    format!(
+                        "which timelines there are is not known: {told}\nhint: --target-timeline names one"
+                    )
+                }
+                _ => format!("where its timeline comes from is not known: {told}"),
+            });
+            continue;
+        }
         if let Err(reason) = candidate.usable(catalog) {
             refuse(reason);
             continue;
@@ -226,7 +250,22 @@ pub async fn plan<S: Source>(
         }
         let found = reading.resolve(&candidate.run, start, consistent, goal).await.map_err(fail)?;
         let found = match found {
-            Resolution::NotFound => candidate.past_the_end(catalog, goal).map_err(|reason| (reason, false)),
+            Resolution::NotFound => {
+                candidate.past_the_end(catalog, &damage, goal).map_err(|reason| (reason, false))
+            }
+            // Recovery would go on to what cannot be read, and fail there.
+            Resolution::Stops(stop)
+                if stop.kind == StopKind::End
+                    && let Some(object) = damage.behind(&candidate.line, &candidate.run) =>
+            {
+                let (end, told) = (stop.lsn, damage::told(object));
+                Err((
+                    format!(
+                        "its WAL ends at {end}: {told}\nhint: put a good copy of it back; without it, moved away, recovery ends there"
+                    ),
+                    false,
+                ))
+            }
             Resolution::Stops(stop) if stop.lsn < consistent => {
                 Err((format!("it ends later, at {consistent}"), true))
             }
@@ -242,11 +281,11 @@ pub async fn plan<S: Source>(
             Ok(stop) => {
                 let last = reading.last_commit(&candidate.run, stop.lsn).await.map_err(fail)?;
                 let lost = reading.lost(&candidate.run, stop.lsn).await.map_err(fail)?;
-                return Ok(make(catalog, goal, candidate, stop, (last, lost), rates));
+                return Ok(make(catalog, &damage, goal, candidate, stop, (last, lost), rates));
             }
         }
     }
-    Err(PlanError::Unreachable(Box::new(unreachable(catalog, goal, &candidates, &late, attempts))))
+    Err(PlanError::Unreachable(Box::new(unreachable(catalog, &damage, goal, &candidates, &late, attempts))))
 }
 
 /// Every backup on the line that `timeline` means, newest first.
@@ -256,13 +295,14 @@ pub(crate) fn candidates<'a>(
     backup: Option<&BackupId>,
 ) -> Result<Vec<Candidate<'a>>, PlanError> {
     let cluster = || catalog.cluster.clone();
+    let damaged = || Damage::of(catalog).told();
     if catalog.backups.is_empty() {
-        return Err(PlanError::NoBackup { cluster: cluster() });
+        return Err(PlanError::NoBackup { cluster: cluster(), damaged: damaged() });
     }
     if let Some(id) = backup
         && catalog.backup(id).is_none()
     {
-        return Err(PlanError::UnknownBackup { cluster: cluster(), backup: id.clone() });
+        return Err(PlanError::UnknownBackup { cluster: cluster(), damaged: damaged(), backup: id.clone() });
     }
     let wanted = |entry: &&BackupEntry| backup.is_none_or(|id| entry.head.id == *id);
     let timelines = catalog.timelines();
@@ -270,7 +310,7 @@ pub(crate) fn candidates<'a>(
         && !timelines.contains(&id)
     {
         let known = timelines.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        return Err(PlanError::NoTimeline { timeline: id, known });
+        return Err(PlanError::NoTimeline { damaged: damaged(), timeline: id, known });
     }
     let on = |line: &Lineage, e: &BackupEntry| line.holds(e.head.timeline, e.head.stop_lsn);
     let line = match timeline {
@@ -296,24 +336,33 @@ impl Candidate<'_> {
     /// Whether the WAL that the backup itself needs is there.
     pub(crate) fn usable(&self, catalog: &Catalog) -> Result<(), String> {
         let head = &self.entry.head;
+        let damage = Damage::of(catalog);
         match self.run.end() {
             Some(end) if end >= head.stop_lsn => Ok(()),
             Some(end) => Err(format!(
                 "the WAL it needs up to {} ends at {end}{}",
                 head.stop_lsn,
-                self.hole(catalog).map_or(String::new(), |h| format!(": {h}"))
+                self.hole(catalog, &damage).map_or(String::new(), |h| format!(": {h}"))
             )),
-            None => Err(format!(
-                "the segment {} that it starts in is not in the archive",
-                SegmentName::containing(head.timeline, head.start_lsn, head.segment_size)
-            )),
+            None => Err(match damage.at(&self.line, head.start_lsn) {
+                Some(object) => {
+                    format!("it starts in a segment that cannot be read: {}", damage::told(object))
+                }
+                None => format!(
+                    "the segment {} that it starts in is not in the archive",
+                    SegmentName::containing(head.timeline, head.start_lsn, head.segment_size)
+                ),
+            }),
         }
     }
 
     /// What ends the run although WAL follows in the archive.
-    fn hole(&self, catalog: &Catalog) -> Option<String> {
+    fn hole(&self, catalog: &Catalog, damage: &Damage<'_>) -> Option<String> {
         if let Some(gap) = &self.run.broken {
             return Some(told(gap));
+        }
+        if let Some(object) = damage.behind(&self.line, &self.run) {
+            return Some(damage::told(object));
         }
         let last = self.run.steps.last()?;
         if last.usable_end < last.entry.info.valid_end {
@@ -329,9 +378,9 @@ impl Candidate<'_> {
     }
 
     /// What a target that no record is means: the end, if it may.
-    fn past_the_end(&self, catalog: &Catalog, goal: &Goal) -> Result<Stop, String> {
+    fn past_the_end(&self, catalog: &Catalog, damage: &Damage<'_>, goal: &Goal) -> Result<Stop, String> {
         let end = self.run.end().unwrap_or_default();
-        let hole = self.hole(catalog);
+        let hole = self.hole(catalog, damage);
         match (&goal.target, hole) {
             (Target::Time(_), None) => {
                 Ok(Stop { kind: StopKind::End, lsn: end, read_to: end, xid: None, time: None })
@@ -380,6 +429,7 @@ fn told(gap: &Gap) -> String {
 
 fn unreachable(
     catalog: &Catalog,
+    damage: &Damage<'_>,
     goal: &Goal,
     candidates: &[Candidate<'_>],
     late: &[&Candidate<'_>],
@@ -396,6 +446,7 @@ fn unreachable(
             windows.iter().filter(|w| w.to.lsn < lsn).collect(),
             windows.iter().filter(|w| w.from.lsn >= lsn).collect(),
         ),
+        (Target::Latest, _) => (windows.iter().collect(), Vec::new()),
         _ => {
             let lates: Vec<_> = late.iter().map(|c| &c.entry.head.id).collect();
             (Vec::new(), windows.iter().filter(|w| lates.contains(&&w.backup)).collect())
@@ -408,9 +459,9 @@ fn unreachable(
             TargetTimeline::Id(id) => format!("timeline {id}"),
             other => format!("the {other} timeline"),
         };
-        format!("no backup lies on {line}")
+        format!("no backup lies on {line}{}", damage.told())
     } else if late.len() == attempts.len() {
-        "no backup is old enough".to_owned()
+        format!("no backup is old enough{}", damage.told())
     } else {
         // The backup that came nearest says what is in the way.
         let lates: Vec<_> = late.iter().map(|c| &c.entry.head.id).collect();
@@ -443,6 +494,7 @@ fn elsewhere(catalog: &Catalog, goal: &Goal, candidates_here: &[Candidate<'_>]) 
 
 fn make(
     catalog: &Catalog,
+    damage: &Damage<'_>,
     goal: &Goal,
     candidate: &Candidate<'_>,
     stop: Stop,
@@ -463,7 +515,10 @@ fn make(
         })
         .collect();
     let mut notes = Vec::new();
-    let hole = candidate.hole(catalog);
+    for object in damage.manifests() {
+        notes.push(format!("a backup that cannot be read was not considered: {}", damage::told(object)));
+    }
+    let hole = candidate.hole(catalog, damage);
     let said_latest = !matches!(goal.target, Target::Latest) && stop.kind == StopKind::End;
     if said_latest {
         notes.push(format!(

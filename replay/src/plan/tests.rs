@@ -412,6 +412,71 @@ fn what_cannot_be_reached_is_told_with_its_neighbours() {
 }
 
 #[test]
+fn an_object_that_cannot_be_read_is_named_by_the_plan_that_it_stands_in_the_way_of() {
+    let path = |file: &str| format!("main/{SYSTEM}/{file}");
+    let damage = |world: &mut World, file: &str| {
+        world.catalog.damaged.push(DamagedObject { path: path(file), error: "crc is wrong".into() });
+    };
+    let refused = |world: &World, goal: &Goal| run_plan(world, goal).unwrap_err().to_string();
+    let latest = Goal::new(Target::Latest);
+    // The newest segment: recovery would ask for it, and fail.
+    let mut world = plain(&[(10, 12)], &[]);
+    world.catalog.segments.pop();
+    let last = "wal/00000001/000000010000000000000008";
+    damage(&mut world, last);
+    assert_eq!(
+        refused(&world, &latest),
+        "the end of the archived WAL cannot be reached: from backup 20260131T235959Z-0000, its WAL ends at 0/7F5880: main/42/wal/00000001/000000010000000000000008 is damaged: crc is wrong\n\
+         hint: put a good copy of it back; without it, moved away, recovery ends there\n\
+         nearest before: LSN 0/7F5880, 2000-01-01 00:00:52+00 (backup 20260131T235959Z-0000)\n\
+         nearest after: none"
+    );
+    let late = refused(&world, &Goal::new(Target::Time(moment(1 << 50))));
+    assert!(late.contains(&path(last)), "{late}");
+    run_plan(&world, &Goal::new(Target::Xid(720.into()))).unwrap();
+    // The segment that the only backup starts in.
+    let mut world = plain(&[(10, 12)], &[]);
+    world.catalog.segments.remove(0);
+    world.catalog.segments.retain(|s| s.info.name.start(size()) != Some(lsn(3 * MIB)));
+    let first = "wal/00000001/000000010000000000000003";
+    damage(&mut world, first);
+    let err = refused(&world, &latest);
+    assert!(err.contains(&format!("cannot be read: {} is damaged", path(first))), "{err}");
+    // Another copy of a segment that is whole harms nobody; of one whose log ends inside it does.
+    let mut world = plain(&[(10, 12)], &[]);
+    damage(&mut world, "wal/00000001/000000010000000000000007@0000000000800000");
+    run_plan(&world, &latest).unwrap();
+    let longer = "wal/00000001/000000010000000000000008@0000000000900000";
+    damage(&mut world, longer);
+    let err = refused(&world, &latest);
+    assert!(err.contains(&path(longer)), "{err}");
+    // A history file: nobody knows which timeline is the latest.
+    let mut world = plain(&[(10, 12)], &[]);
+    damage(&mut world, "wal/00000002.history");
+    let err = refused(&world, &latest);
+    let history = path("wal/00000002.history");
+    assert!(err.contains(&format!("which timelines there are is not known: {history} is damaged")), "{err}");
+    let goal = |n| Goal { timeline: TargetTimeline::Id(timeline(n)), ..latest.clone() };
+    run_plan(&world, &goal(1)).unwrap();
+    let err = refused(&world, &goal(2));
+    assert_eq!(
+        err,
+        format!("the archive has nothing of timeline 2; it has 1\n{history} is damaged: crc is wrong")
+    );
+    // A manifest: another backup serves, which is said; or none does.
+    let manifest = "backups/20260131T235959Z-0007";
+    let mut world = plain(&[(10, 12)], &[]);
+    damage(&mut world, manifest);
+    let plan = run_plan(&world, &latest).unwrap();
+    assert!(plan.notes[0].contains(&path(manifest)), "{:?}", plan.notes);
+    world.catalog.backups.clear();
+    assert_eq!(
+        refused(&world, &latest),
+        "cluster main has no complete backup\nmain/42/backups/20260131T235959Z-0007 is damaged: crc is wrong\nhint: run `waltide verify`"
+    );
+}
+
+#[test]
 fn a_time_past_the_last_commit_is_the_end_and_that_is_said() {
     let plan = run_plan(
         &plain(&[(1, 2)], &[]),

@@ -1,6 +1,7 @@
 //! What an archive is said to hold, whether it is whole, and what may go: over small archives made in process, and
 //! once over a real cluster's.
 
+#[allow(dead_code)] // what only other tests use
 mod sample;
 
 use std::time::Duration;

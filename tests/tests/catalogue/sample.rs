@@ -7,10 +7,10 @@ use waltide_archiver::catalog::{Known, load};
 use waltide_format::archive::{
     BackupKind, BackupMethod, Catalog, ClusterInfo, Envelope, Extent, ExtentMap, Keep, Layout, Manifest,
     ManifestFile, ManifestStats, ObjectKind, PackBuilder, StartedBackup, SystemInfo, SystemLayout, WalFile,
-    WaltideInfo, encode_segment,
+    WalObject, WaltideInfo, encode_segment,
 };
 use waltide_format::engines::postgres::cluster::History;
-use waltide_format::engines::postgres::scan::{Previous, PreviousLog, ScanContext, scan_segment};
+use waltide_format::engines::postgres::scan::{Previous, PreviousLog, ScanContext, ScanMode, scan_segment};
 use waltide_format::engines::postgres::wal::PreviousTail;
 use waltide_format::*;
 use waltide_replay::{Verification, Verify};
@@ -18,7 +18,8 @@ use waltide_storage::{Archive, NoProgress};
 
 /// The segments' size.
 pub(crate) const SIZE: u64 = 1 << 20;
-const SYSTEM: u64 = 42;
+/// The system identifier.
+pub(crate) const SYSTEM: u64 = 42;
 
 /// An archive, and what is needed to add to it.
 pub(crate) struct Sample {
@@ -61,13 +62,19 @@ fn record(rmid: u8, info: u8, xid: u32, prev: u64, main: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// The header that a segment begins with.
+fn first_page(timeline: u32, number: u64) -> Writer {
+    let mut w = Writer::new();
+    w.u16(PgMajor::V15.page_magic()).u16(2).u32(timeline).u64(number * SIZE).u32(0).u32(0);
+    w.u64(SYSTEM).u32(SIZE as u32).u32(8192);
+    w
+}
+
 /// A segment with a commit at `number` o'clock and an XLOG_SWITCH behind it; the records before it begin at `prev`.
 /// Gives its bytes and where its last record begins.
 fn segment(first_page_timeline: u32, number: u64, prev: u64, xid: u32) -> (Vec<u8>, u64) {
     let start = number * SIZE;
-    let mut w = Writer::new();
-    w.u16(PgMajor::V15.page_magic()).u16(2).u32(first_page_timeline).u64(start).u32(0).u32(0);
-    w.u64(SYSTEM).u32(SIZE as u32).u32(8192);
+    let mut w = first_page(first_page_timeline, number);
     w.bytes(&record(1, 0, xid, prev, &hour(number).postgres_micros().to_le_bytes()));
     let switch = start + w.len() as u64;
     w.bytes(&record(0, 0x40, 0, start + 40, &[]));
@@ -89,9 +96,21 @@ impl Sample {
     /// The same in another place.
     pub(crate) async fn on(archive: Archive) -> Self {
         let sample = Self::bare(archive).await;
+        sample.put_timelines().await;
+        sample
+            .put_file("000000010000000000000004.00000028.backup", b"START WAL LOCATION: 0/400028\n".to_vec())
+            .await;
+        sample.put_backup(4, 5).await;
+        sample.put_backup(6, 6).await;
+        sample.announce(7).await;
+        sample
+    }
+
+    /// Five segments on timeline 1, and a sixth on timeline 2 with its history; gives where its last record begins.
+    pub(crate) async fn put_timelines(&self) -> u64 {
         let mut prev = (2 * SIZE + SECOND, None);
         for number in 3..8 {
-            prev = sample.put_segment(1, 1, number, prev, 700 + number as u32, None).await;
+            prev = self.put_segment(1, 1, number, prev, 700 + number as u32, None).await;
         }
         let fork = Lsn::from(7 * SIZE + SECOND);
         let history = History::root(TimelineId::FIRST).branch(
@@ -100,16 +119,34 @@ impl Sample {
             "no recovery target specified",
         );
         let history = history.unwrap();
-        sample.put_file("00000002.history", history.to_text().into_bytes()).await;
+        self.put_file("00000002.history", history.to_text().into_bytes()).await;
         let before = (6 * SIZE + SECOND, prev.1.clone().filter(|_| false));
-        sample.put_segment(2, 1, 7, before, 707, Some(&history)).await;
-        sample
-            .put_file("000000010000000000000004.00000028.backup", b"START WAL LOCATION: 0/400028\n".to_vec())
-            .await;
-        sample.put_backup(4, 5).await;
-        sample.put_backup(6, 6).await;
-        sample.announce(7).await;
-        sample
+        self.put_segment(2, 1, 7, before, 707, Some(&history)).await.0
+    }
+
+    /// Puts a copy of a `.partial` of timeline 2, the log of which ends behind `commits` commits; the records before it
+    /// begin at `prev`. A longer copy where there is one. Gives its path.
+    pub(crate) async fn put_partial(&self, number: u64, prev: u64, commits: u64) -> String {
+        let name = segment_name(2, number);
+        let mut w = first_page(2, number);
+        let mut prev = prev;
+        for n in 0..commits {
+            let start = number * SIZE + w.len() as u64;
+            w.bytes(&record(1, 0, 900 + n as u32, prev, &hour(number).postgres_micros().to_le_bytes()));
+            prev = start;
+        }
+        let mut wal = w.into_bytes();
+        wal.resize(SIZE as usize, 0);
+        let context = ScanContext { mode: ScanMode::Partial, ..ScanContext::new(name, size()) };
+        let index = scan_segment(&wal, &context).unwrap().index;
+        let valid_end = index.info.valid_end;
+        wal.truncate(valid_end.bytes_since(name.start(size()).unwrap()) as usize);
+        let plain = WalObject::File(WalFileName::Partial(name));
+        let longer = WalObject::Longer { of: WalFileName::Partial(name), valid_end };
+        let is_there = self.archive.head(&self.names().wal_object(plain)).await.unwrap().is_some();
+        let path = self.names().wal_object(if is_there { longer } else { plain });
+        self.put(&path, encode_segment(&wal, &index, 1, 1)).await;
+        path
     }
 
     /// One segment, one pinned backup in it, a history file, an announced backup: one object of every kind.
@@ -160,7 +197,7 @@ impl Sample {
         self.put(path, bytes).await;
     }
 
-    async fn put_file(&self, name: &str, contents: Vec<u8>) {
+    pub(crate) async fn put_file(&self, name: &str, contents: Vec<u8>) {
         let name: WalFileName = name.parse().unwrap();
         self.put(&self.names().wal_file(name), WalFile { name, contents, pushed_by: None }.encode()).await;
     }
