@@ -378,3 +378,44 @@ fn a_drill_that_is_stopped_leaves_nothing_and_one_that_is_killed_is_tidied_up_af
     assert!(left.len() == 1 && left[0].join("data/PG_VERSION").exists());
     assert!(!left[0].join("data/postmaster.pid").exists(), "kept, and not running");
 }
+
+#[test]
+fn what_a_prepared_transaction_locks_is_said_and_the_rest_is_checked() {
+    let site = Site::new("drill-locked");
+    let cluster = site.start(site.builder().setting("max_prepared_transactions", "4"));
+    let mut journal = Journal::create(&cluster);
+    site.back_up(&cluster);
+    journal.step(&cluster, "only");
+    cluster.query("create table locked (id int primary key); insert into locked values (1)");
+    cluster.query("begin; lock table locked in access exclusive mode; prepare transaction 'it''s open'");
+    cluster.archive_all();
+    let holder = "prepared transaction 'it''s open' (";
+    let detail = |drill: &Value, name: &str| {
+        let check = drill["checks"].as_array().unwrap().iter().find(|c| c["name"] == name);
+        check.unwrap_or_else(|| panic!("{name}: {drill:#}"))["detail"].as_str().unwrap().to_owned()
+    };
+
+    let answer = site.drill(0, &["--check", "select count(*) = 1 from journal"]);
+    let drill = &answer["drills"][0];
+    assert_eq!(drill["verdict"], "passed", "{drill:#}");
+    let found = outcomes(drill);
+    assert!(found.contains(&("pg_amcheck --heapallindexed", "passed")), "{drill:#}");
+    assert!(found.contains(&("pg_amcheck of what is locked", "skipped")), "{drill:#}");
+    assert_eq!(detail(drill, "pg_amcheck --heapallindexed"), "no corruption in any other table or index");
+    let locked = detail(drill, "pg_amcheck of what is locked");
+    assert!(locked.starts_with(&format!("2 not looked at, locked by {holder}")), "{locked}");
+    for name in ["heap table \"postgres.public.locked\"", "btree index \"postgres.public.locked_pkey\""] {
+        assert!(locked.contains(name), "{locked}");
+    }
+
+    let check = "select count(*) = 1 from locked";
+    let answer = site.drill(1, &["--check", check]);
+    let why = detail(&answer["drills"][0], check);
+    let expected = format!("ERROR: canceling statement due to lock timeout; held by {holder}");
+    assert!(why.starts_with(&expected), "{why}");
+
+    // Once it has ended everything is looked at.
+    cluster.query("rollback prepared 'it''s open'");
+    cluster.archive_all();
+    assert_passed(&site.drill(0, &["--check", check])["drills"][0]);
+}

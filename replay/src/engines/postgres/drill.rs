@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 use waltide_format::archive::{
     Catalog, DrillCommit, DrillRecord, DrillVerdict, Layout, Lineage, Rates, Run, XactEnd,
@@ -13,6 +14,7 @@ use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, SHOR
 use waltide_format::{BLOCK_BYTES, BackupId, Lsn, SegmentSize, TimelineId, TimestampTz, Xid};
 use waltide_storage::{Archive, Progress};
 
+use super::amcheck::Complaints;
 use super::conf_file::Settings;
 use super::indexes::{ArchivedIndexes, SearchError};
 use super::install::{InstallError, Installation, ServerUser};
@@ -524,6 +526,20 @@ impl Drill<'_> {
         Ok(())
     }
 
+    /// The prepared transactions that are there: nobody else keeps a lock.
+    async fn lock_holders(&self, server: &ScratchServer) -> String {
+        let sql = "select format('prepared transaction %L (%s) in database %s', gid, transaction, database)
+             from pg_prepared_xacts order by prepared limit 5";
+        let asked = async {
+            let client = self.first_answer(server).await?;
+            Ok::<_, DrillError>(client.query(sql, &[]).await?)
+        };
+        match asked.await {
+            Ok(rows) => rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>().join(", "),
+            Err(e) => format!("somebody: {}", e.told()),
+        }
+    }
+
     async fn check_sql(&mut self, server: &ScratchServer, check: &str) {
         let (database, sql) = split_check(check);
         let answer = async {
@@ -532,11 +548,21 @@ impl Drill<'_> {
                 .connect(database, &self.request.user, timeout)
                 .await
                 .map_err(|e| DrillError::from(e).told())?;
-            let answer = client.simple_query(sql).await;
-            let rows = answer.map_err(|e| match e.as_db_error() {
-                Some(e) => format!("{}: {}", e.severity(), e.message()),
-                None => e.to_string(),
-            })?;
+            let rows = match client.simple_query(sql).await {
+                Ok(rows) => rows,
+                Err(e) => {
+                    let told = match e.as_db_error() {
+                        Some(e) => format!("{}: {}", e.severity(), e.message()),
+                        None => e.to_string(),
+                    };
+                    return Err(match e.code() {
+                        Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                            format!("{told}; held by {}", self.lock_holders(server).await)
+                        }
+                        _ => told,
+                    });
+                }
+            };
             single_value(&rows)
         };
         let (holds, detail) = match answer.await {
@@ -577,15 +603,28 @@ impl Drill<'_> {
             }
         };
         let text = [output.stdout, output.stderr].concat();
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-        let shown = lines.get(..lines.len().min(OUTPUT_LINES)).unwrap_or_default().join("\n");
+        let Complaints { corrupt, locked } = Complaints::read(&String::from_utf8_lossy(&text));
+        let shown =
+            |lines: &[String]| lines.get(..lines.len().min(OUTPUT_LINES)).unwrap_or_default().join("\n");
         let (holds, fault, detail) = match output.status.code() {
             Some(0) => (true, DrillVerdict::Failed, "no corruption in any table or index".to_owned()),
+            // It takes what it could not lock for corrupt.
+            Some(2) if corrupt.is_empty() && !locked.is_empty() => {
+                (true, DrillVerdict::Failed, "no corruption in any other table or index".to_owned())
+            }
             // It is documented to say so for corruption alone.
-            Some(2) => (false, DrillVerdict::ArchiveAtFault, shown),
-            _ => (false, DrillVerdict::Failed, format!("it ended with {}: {shown}", output.status)),
+            Some(2) => (false, DrillVerdict::ArchiveAtFault, shown(&corrupt)),
+            _ => (
+                false,
+                DrillVerdict::Failed,
+                format!("it ended with {}: {}", output.status, shown(&[corrupt, locked.clone()].concat())),
+            ),
         };
+        if !locked.is_empty() {
+            let holders = self.lock_holders(server).await;
+            let why = format!("{} not looked at, locked by {holders}:\n{}", locked.len(), shown(&locked));
+            self.checks.skip("pg_amcheck of what is locked", why);
+        }
         self.checks.hold(NAME, holds, detail, fault);
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! PostgreSQL's read side.
 
+mod amcheck;
 mod conf_file;
 mod drill;
 mod fetch;

@@ -20,6 +20,7 @@ use rustix::process::{Pid, Signal};
 use tokio::net::UnixStream;
 use tokio_postgres::{Client, NoTls};
 
+use super::amcheck::LOCK_TIMEOUT;
 use super::conf_file::quote;
 use super::install::{Installation, ServerUser};
 use super::scratch_settings::ScratchSettings;
@@ -448,6 +449,7 @@ impl ScratchServer {
             "synchronous_commit=off".to_owned(),
             "default_transaction_read_only=off".to_owned(),
             format!("statement_timeout={}", statement_timeout.as_millis()),
+            format!("lock_timeout={}", LOCK_TIMEOUT.as_millis()),
         ];
         config.options(options.map(|o| format!("-c {o}")).join(" "));
         let connected = config.connect_raw(stream, NoTls).await;
@@ -471,7 +473,11 @@ impl ScratchServer {
         // The socket's whole path may be too long, so it is reached from where the program works.
         command.current_dir(&self.work_dir).args(["--host", "/proc/self/cwd/server/socket"]);
         command.args(["--port", &PORT.to_string(), "--username", user, "--no-password"]);
-        command.env("PGOPTIONS", "-c session_preload_libraries= -c local_preload_libraries=");
+        let options = format!(
+            "-c session_preload_libraries= -c local_preload_libraries= -c lc_messages=C -c lock_timeout={}",
+            LOCK_TIMEOUT.as_millis()
+        );
+        command.env("PGOPTIONS", options);
         command.stdin(Stdio::null()).process_group(0);
         self.user.apply(&mut command);
         command
