@@ -13,21 +13,26 @@ use waltide_format::engines::postgres::catalogue::{
     CatalogueChange, CatalogueFiles, Fates, Follower, RelationMap, TablePattern, catalogue_changes,
     page_tuples,
 };
-use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile, History, parse_tablespace_map};
+use waltide_format::engines::postgres::cluster::{
+    BackupLabel, ControlFile, History, parse_tablespace_map, read_origins, read_two_phase_file,
+    two_phase_file, write_origins,
+};
 use waltide_format::engines::postgres::detail::tell_segment;
 use waltide_format::engines::postgres::scan::{
     Agreement, ScanContext, ScanMode, common_prefix as compare, scan_segment as scan,
 };
 use waltide_format::engines::postgres::wal::{
-    DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, Next, Prepare, RECORD_HEADER_BYTES, Record,
-    RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord, SegmentBytes, SegmentSpan, SmgrRecord,
-    TablespaceRecord, XactAssignment, XactRecord, XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
+    DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, MultiXactRecord, Next, OriginRecord, Prepare,
+    RECORD_HEADER_BYTES, Record, RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord,
+    SegmentBytes, SegmentSpan, SlruRecord, SmgrRecord, TablespaceRecord, XactAssignment, XactRecord,
+    XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
 };
 use waltide_format::{
     BLOCK_BYTES, Lsn, PgMajor, Reader, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
 };
 use waltide_replay::engines::postgres::redo::{
-    Applied, Cluster as RedoCluster, Page, apply, clear_visibility,
+    Applied, Cluster as RedoCluster, Page, apply, changes_state, clear_visibility, effects as tell_effects,
+    vouches_for,
 };
 
 /// A target: its name, which is its corpus' directory, and what it does.
@@ -49,6 +54,7 @@ pub const TARGETS: &[Target] = &[
     ("cluster_files", cluster_files),
     ("detail", detail),
     ("redo", redo),
+    ("effects", effects),
 ];
 
 /// The major version that a byte chooses.
@@ -308,6 +314,9 @@ fn decode_all(record: &Record<'_>) {
     let _ = ExclusiveLocks::decode(record);
     let _ = RowChange::decode(record);
     let _ = HeapTruncate::decode(record);
+    let _ = SlruRecord::decode(record);
+    let _ = MultiXactRecord::decode(record);
+    let _ = OriginRecord::decode(record);
     let _ = implicit_vm_blocks(record);
     let mut changes = Vec::new();
     let _ = catalogue_changes(record, &CatalogueFiles::default(), &mut changes);
@@ -328,7 +337,7 @@ fn decode_all(record: &Record<'_>) {
     }
 }
 
-/// pg_control, timeline history, backup_label, tablespace_map.
+/// pg_control, timeline history, backup_label, tablespace_map, relation maps, two-phase files, replication origins.
 pub fn cluster_files(data: &[u8]) {
     let _ = ControlFile::decode(data);
     let mut control = data.to_vec();
@@ -345,6 +354,11 @@ pub fn cluster_files(data: &[u8]) {
     }
     for (major, _) in PgMajor::ALL {
         let _ = RelationMap::decode(data, major);
+    }
+    let _ = read_two_phase_file(data, PgMajor::V15);
+    let _ = read_two_phase_file(&two_phase_file(data), PgMajor::V15);
+    if let Ok(origins) = read_origins(data) {
+        assert_eq!(read_origins(&write_origins(&origins)), Ok(origins), "what is written is read");
     }
     let mut heap = [0; BLOCK_BYTES];
     let bytes = data.len().min(heap.len());
@@ -376,5 +390,14 @@ pub fn redo(data: &[u8]) {
         for (relation, map) in implicit_vm_blocks(record) {
             clear_visibility(record, relation, map, &mut Page::from(bytes));
         }
+    });
+}
+
+/// What a record does besides changing pages.
+pub fn effects(data: &[u8]) {
+    with_record(PgMajor::V15, data, |record| {
+        let told = tell_effects(record);
+        assert!(changes_state(record) || told == Ok(Vec::new()));
+        assert!(!vouches_for(record) || told.is_ok());
     });
 }

@@ -2,7 +2,7 @@
 
 use crate::engines::postgres::wal::image::Compression;
 use crate::engines::postgres::wal::record::crc_of;
-use crate::engines::postgres::wal::{PAGE_BYTES, pglz};
+use crate::engines::postgres::wal::{PAGE_BYTES, Record, pglz};
 use crate::ids::{BLOCK_BYTES, BlockNumber, ForkNumber, Lsn, PgMajor, RelFileLocator, SystemId, TimelineId};
 use crate::reader::Writer;
 use crate::segment::{SegmentName, SegmentSize};
@@ -151,6 +151,20 @@ pub(crate) fn record_bytes(
     let crc = crc_of(&bytes);
     bytes[20..24].copy_from_slice(&crc.to_le_bytes());
     bytes
+}
+
+/// Makes a record without blocks and hands it over.
+pub(crate) fn with_record<T>(
+    major: PgMajor,
+    rmid: u8,
+    info: u8,
+    main: &[u8],
+    take: impl FnOnce(&Record<'_>) -> T,
+) -> T {
+    let bytes = record_bytes(major, rmid, info, 740, Lsn::from(0x100_0028), &[], main);
+    let start = Lsn::from(0x100_0060);
+    let end = start.saturating_add(bytes.len() as u64);
+    take(&Record::decode(&bytes, start, end, major, &mut Vec::new()).unwrap())
 }
 
 /// Writes a log from the start of segment 16 on (of 1 MiB).

@@ -1,9 +1,10 @@
 //! Redo: a record applied to a page, without a server. Pure and total: any record on any page is applied or refused.
-//! Facts: docs/wal.md. Known are PostgreSQL 15's XLOG, Heap, Heap2, Btree,
+//! What is not a page goes through one ordered list of effects, which [`State`] carries out. Facts: docs/wal.md. Of pages, known are PostgreSQL 15's XLOG, Heap, Heap2, Btree,
 //! Hash, GIN, GiST, SP-GiST, BRIN, Sequence and Generic.
 
 mod brin;
 mod btree;
+mod effects;
 mod gin;
 mod gist;
 mod hash;
@@ -12,11 +13,14 @@ mod other;
 mod page;
 mod posting;
 mod spgist;
+mod state;
 
 use waltide_format::engines::postgres::wal::{Block, Record, Rmgr};
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, PgMajor, RelFileLocator};
 
+pub use effects::{Effect, Ended, changes_state, effects, vouches_for};
 pub use page::Page;
+pub use state::{State, StateError};
 
 /// `XLOG_FPI_FOR_HINT`: the one record with a block and neither image nor change.
 const FPI_FOR_HINT: u8 = 0xA0;
