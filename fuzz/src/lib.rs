@@ -104,6 +104,7 @@ pub fn merged_index(data: &[u8]) {
         MergedSection::Drops => found.read_drops(body).map(drop),
         MergedSection::Relations => found.read_relations(body).map(drop),
         MergedSection::Touched => found.read_touched(body).map(drop),
+        MergedSection::Names => found.read_names(body).map(drop),
         _ => found.read_lists(&[(section, body)]).map(drop),
     };
     let _ = MergedObject::decode(&object);

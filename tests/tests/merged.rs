@@ -151,7 +151,7 @@ async fn a_damaged_merged_index_is_named_does_no_harm_and_is_made_once_more() {
     assert_eq!(index(&sample).await.present, 1, "it is not read unless that is asked for");
     let rebuilt = try_index(&sample.archive, &sample, true).await.unwrap();
     assert_eq!((rebuilt.damaged, rebuilt.made.len()), (vec![path.clone()], 1));
-    assert!(rebuilt.made[0].path.ends_with(".1.1"), "{:?}", rebuilt.made);
+    assert!(rebuilt.made[0].path.ends_with(".2.1"), "{:?}", rebuilt.made);
     assert_eq!(sample.verify(false).await.faults, [], "the one that was made once more serves");
     assert_eq!(try_index(&sample.archive, &sample, true).await.unwrap().made, []);
 }
@@ -161,12 +161,21 @@ async fn a_merged_index_that_says_something_else_than_the_segments_is_named_with
     let sample = of_segments(16..32).await;
     index(&sample).await;
     let (path, good) = stored(&sample).await.remove(0);
-    let mut object = MergedObject::decode(&good).unwrap();
-    object.index.all.xacts.remove(3);
-    sample.replace(&path, object.encode()).await;
-    let found = sample.verify(false).await.faults;
-    let told: Vec<_> = found.iter().map(|f| (f.object.as_str(), f.text.as_str())).collect();
-    assert_eq!(told, [(path.as_str(), "it is not what the segments say: xacts differs")]);
+    let lie = |section: &str| {
+        let mut object = MergedObject::decode(&good).unwrap();
+        let names = object.index.names.as_mut().expect("names are told");
+        match section {
+            "xacts" => drop(object.index.all.xacts.remove(3)),
+            _ => names.ends.extend(object.index.all.xacts.first().cloned()),
+        }
+        object.encode()
+    };
+    for section in ["xacts", "names"] {
+        sample.replace(&path, lie(section)).await;
+        let found = sample.verify(false).await.faults;
+        let told: Vec<_> = found.iter().map(|f| (f.object.as_str(), f.text.clone())).collect();
+        assert_eq!(told, [(path.as_str(), format!("it is not what the segments say: {section} differs"))]);
+    }
     // Under the name of another range.
     let other = path.replace("10-", "20-").replace("1F.", "2F.");
     sample.replace(&path, good.clone()).await;
@@ -177,6 +186,25 @@ async fn a_merged_index_that_says_something_else_than_the_segments_is_named_with
         found[0].object == other && found[0].text.starts_with("it is not what its name says"),
         "{found:?}"
     );
+}
+
+#[tokio::test]
+async fn what_an_earlier_build_merged_without_names_serves_and_is_merged_once_more() {
+    let sample = of_segments(16..32).await;
+    sample.put_backup(16, 16).await;
+    index(&sample).await;
+    let (path, good) = stored(&sample).await.remove(0);
+    let mut object = MergedObject::decode(&good).unwrap();
+    (object.builder, object.index.names) = (1, None);
+    let old = path.replace(".2.0", ".1.0");
+    sample.put(&old, object.encode()).await;
+    sample.archive.delete(&path).await.unwrap();
+    assert_eq!(sample.verify(false).await.faults, []);
+    assert_eq!(seen(&sample, Known::Merged).await, seen(&sample, Known::Nothing).await);
+    assert_eq!(index(&sample).await.made[0].path, path);
+    assert_eq!(stored(&sample).await[1], (path, good));
+    let gone: Vec<_> = prune(&sample).await.deletions.into_iter().map(|d| (d.role, d.path)).collect();
+    assert_eq!(gone, [(ObjectRole::MergedIndex, old)]);
 }
 
 #[tokio::test]

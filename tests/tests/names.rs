@@ -1,8 +1,14 @@
 //! Tables are found by their names at the moment before they were lost, and come back with exactly their rows.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use waltide_archiver::catalog::{Known, load};
+use waltide_format::archive::Layout;
+use waltide_replay::engines::postgres::find_moment;
+use waltide_replay::{Loss, Moment, MomentRequest, TargetTimeline};
+use waltide_storage::{Archive, ArchiveUrl, Faults};
+use waltide_tests::stored::Stored;
 use waltide_tests::workload::Journal;
 use waltide_tests::{Cluster, Scratch, StopMode, Waltide};
 
@@ -20,12 +26,25 @@ fn text(path: &Path) -> &str {
 
 impl Site {
     fn new(label: &str) -> Self {
+        Self::made(label, |_| {})
+    }
+
+    /// One whose WAL begins with this segment.
+    fn beginning(label: &str, first: &str) -> Self {
+        Self::made(label, |cluster| {
+            let reset = cluster.install().runner("pg_resetwal");
+            reset.args(["-l", first, "-D", text(cluster.data_dir())]).run().assert_ok();
+        })
+    }
+
+    fn made(label: &str, prepare: impl FnOnce(&Cluster)) -> Self {
         let scratch = Scratch::new(label);
         let waltide = Waltide::new(&scratch).archive(scratch.dir("archive")).cluster("main");
         let builder = Cluster::builder("db").scratch(&scratch).segment_mb(1);
         let builder =
             builder.setting("track_commit_timestamp", "on").setting("max_prepared_transactions", "5");
         let mut cluster = builder.archive_command(&waltide.archive_command()).create();
+        prepare(&cluster);
         waltide.ok(["init", "--data-dir", text(cluster.data_dir())]);
         cluster.start();
         let journal = Journal::create(&cluster);
@@ -68,6 +87,55 @@ impl Site {
         assert_eq!(plan["stop"]["lsn"], moment["lsn"]);
         assert_eq!(plan["stop"]["time"], moment["time"]);
         plan
+    }
+
+    /// WAL to fill so many segments with, in records that run over their edges now and then.
+    fn pad(segments: u32) -> String {
+        format!(
+            "select count(pg_logical_emit_message(false, 'pad', repeat('x', 97003))) from generate_series(1, {})",
+            segments * 11
+        )
+    }
+
+    /// Merges what can be merged, and makes sure that the same is answered as before, and that the archive is whole.
+    #[track_caller]
+    fn assert_merging_changes_nothing(&self, asked: &[&[&str]]) {
+        let answers = || {
+            let plans = asked.iter().map(|arguments| self.plan(arguments)).collect::<Vec<_>>();
+            (plans, self.waltide.ok(["log", "--json"]).stdout)
+        };
+        let _ = std::fs::remove_dir_all(self.merged());
+        let before = answers();
+        let indexed = self.waltide.json(["index"]);
+        assert!(indexed["made"].as_array().unwrap().len() >= 2, "{indexed:#}");
+        let after = answers();
+        for (asked, (before, after)) in asked.iter().zip(before.0.iter().zip(&after.0)) {
+            assert_eq!(before, after, "{asked:?}");
+        }
+        assert_eq!(before.1, after.1);
+        assert_eq!(self.waltide.json(["verify"])["faults"], serde_json::json!([]));
+    }
+
+    /// Where merged indexes lie.
+    fn merged(&self) -> PathBuf {
+        let stored = Stored::of(&self.cluster, &self.scratch.join("archive"));
+        stored.path(&stored.names().merged())
+    }
+
+    /// The moment before a table was dropped, found by the library, and how many calls of the archive that took.
+    fn find(&self, table: &str) -> (Moment, u64) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let url: ArchiveUrl = text(&self.scratch.join("archive")).parse().unwrap();
+        let faults = Faults::none();
+        let layout = Layout::new("main").unwrap();
+        let request = MomentRequest { loss: Loss::Drop, table: table.parse().unwrap(), until: None };
+        let found = runtime.block_on(async {
+            let archive = Archive::open(&url).await.unwrap();
+            let catalog = load(&archive, &layout, None, Known::Nothing, 2).await.unwrap();
+            let counted = archive.with_faults(faults.clone());
+            find_moment(&counted, &layout, &catalog, TargetTimeline::Latest, &request).await
+        });
+        (found.unwrap(), faults.calls())
     }
 
     /// Restores to a target and starts the server.
@@ -169,6 +237,19 @@ fn what_was_lost_is_found_by_name_and_comes_back_with_its_rows() {
     assert!(refused(2, &["--before-drop", "a.b.c.d"]).contains("names no table"));
     assert!(refused(2, &["--until", "2099-01-01 00:00Z"]).contains("--until goes with --before-drop"));
 
+    site.sql("postgres", &Site::pad(32));
+    site.cluster.archive_all();
+    site.assert_merging_changes_nothing(&[
+        &["--before-drop", orders_name],
+        &["--before-truncate", "COUNTERS"],
+        &["--before-drop", "app.b"],
+        &["--before-drop", "\"New One\".second"],
+        &["--before-drop", "again"],
+        &["--before-drop", "again", "--until", &between],
+        &["--before-drop", "crm.public.orders"],
+    ]);
+    assert_eq!(refused(1, &["--before-drop", "\"Mixed.Case\""]).lines().next(), former.lines().next());
+
     let mut cluster = site.restored("dropped", &["--before-drop", "postgres.public.orders"]);
     assert_eq!(cluster.query("select count(*), sum(v) from orders"), orders);
     site.journal.assert_exactly_up_to(&cluster, before_dropped);
@@ -245,6 +326,14 @@ fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
     assert!(told.contains("target    before postgres.public.precious was dropped by transaction"), "{told}");
     site.assert_moment(&["--before-truncate", "precious"], "postgres.public.precious", emptied);
 
+    site.sql("postgres", &Site::pad(32));
+    site.cluster.archive_all();
+    let asked = ["late.t", "latest.t", "part_1", "logged.s.t", "s.u", "moved", "precious"];
+    let asked = asked.map(|name| ["--before-drop", name]);
+    let mut asked: Vec<&[&str]> = asked.iter().map(|arguments| &arguments[..]).collect();
+    asked.push(&["--before-truncate", "precious"]);
+    site.assert_merging_changes_nothing(&asked);
+
     let mut cluster = site.restored("late", &["--before-drop", "late.t"]);
     assert_eq!(cluster.query("select count(*) from late.t"), "60");
     site.journal.assert_exactly_up_to(&cluster, before_late);
@@ -265,4 +354,71 @@ fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
     assert!(record["target"].as_str().unwrap().starts_with(&target), "{record:#}");
     let again = site.waltide.json(["drill", "--scratch", text(&scratch), "--before-drop", "precious"]);
     assert_eq!(again["verdict"], "passed", "{again:#}");
+}
+
+#[test]
+fn few_objects_are_read_to_find_a_name_in_much_wal() {
+    // From where on steps of 16 segments begin, and soon one of 256.
+    let mut site = Site::beginning("names-merged", "0000000100000000000000FB");
+    site.sql("postgres", "create database crm");
+    for table in ["gone", "slow", "cut", "again", "sub", "two", "many"] {
+        site.sql("postgres", &format!("create table {table} as select generate_series(1, 100) n"));
+    }
+    site.backup();
+    let pad = Site::pad(20);
+    site.sql("postgres", &pad);
+    let (gone, _) = site.does("postgres", "drop table gone");
+    let (cut, _) = site.does("postgres", "truncate cut");
+    site.sql("postgres", "drop table again; create table again as select 1 as n");
+    site.sql("crm", "create schema s; create table s.t as select 1 as n");
+    // Transactions that write under one merged index and end under another.
+    let (slow, _) = site.does("postgres", &format!("drop table slow; {pad}"));
+    let (sub, _) = site.does("postgres", &format!("savepoint a; drop table sub; release a; {pad}"));
+    let prepare =
+        format!("begin; select pg_current_xact_id(); drop table two; {pad}; prepare transaction 'far off'");
+    let two: u64 = site.sql("postgres", &prepare).lines().next().unwrap().parse().unwrap();
+    site.sql("postgres", &pad);
+    site.sql("postgres", "commit prepared 'far off'");
+    site.sql("postgres", "alter table again rename to other; alter table other rename to again");
+    let (again, _) = site.does("postgres", "drop table again");
+    let (in_crm, _) = site.does("crm", "drop schema s cascade");
+    // A catalogue's rows over many edges.
+    for n in 0..6 {
+        let make = format!(
+            "do $$ begin for i in 1..60 loop execute 'create table many_{n}_' || i || ' (n int)'; end loop; end $$"
+        );
+        site.sql("postgres", &make);
+        site.sql("postgres", "checkpoint");
+    }
+    let (many, _) = site.does("postgres", "drop table many, many_0_1, many_5_60");
+    let switch = "do $$ begin for i in 1..170 loop perform pg_logical_emit_message(false, 'p', 'x'); \
+                  perform pg_switch_wal(); end loop; end $$";
+    site.sql("postgres", switch);
+    site.cluster.archive_all();
+
+    let tables = [
+        ("gone", "postgres.public.gone", gone),
+        ("slow", "postgres.public.slow", slow),
+        ("sub", "postgres.public.sub", sub),
+        ("two", "postgres.public.two", two),
+        ("again", "postgres.public.again", again),
+        ("s.t", "crm.s.t", in_crm),
+        ("many_5_60", "postgres.public.many_5_60", many),
+    ];
+    let plain: Vec<_> = tables.iter().map(|(table, ..)| site.find(table)).collect();
+    let asked: Vec<_> = tables.iter().map(|(table, ..)| ["--before-drop", table]).collect();
+    let mut asked: Vec<&[&str]> = asked.iter().map(|arguments| &arguments[..]).collect();
+    asked.push(&["--before-truncate", "cut"]);
+    site.assert_merging_changes_nothing(&asked);
+    assert!(site.merged().join("00000001/256").is_dir(), "there is a step of 256");
+    site.assert_moment(&["--before-truncate", "cut"], "postgres.public.cut", cut);
+    assert_eq!(plain[3].0.gid.as_deref(), Some("far off"));
+    for ((table, name, xid), (moment, calls)) in tables.iter().zip(&plain) {
+        let (found, fewer) = site.find(table);
+        assert_eq!((&found.table.to_string()[..], u64::from(found.xid.get())), (*name, *xid));
+        assert_eq!(&found, moment);
+        // The object of 256, the segments before and behind it, those in which a transaction may have ended that wrote
+        // under another step of 16, and the backup's catalogues.
+        assert!(*calls > 256 && fewer < 80, "{table}: {calls} calls, {fewer} with merged indexes");
+    }
 }

@@ -8,9 +8,12 @@ use serde::Serialize;
 use waltide_format::Corrupt;
 use waltide_format::archive::{
     Catalog, ChainLink, Layout, MERGE_BUILDER, MERGE_STEPS, MergeGroup, MergedIndex, MergedName,
-    MergedObject, SegmentDirectory, SegmentEntry, SystemLayout,
+    MergedObject, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, SystemLayout,
 };
+use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
+
+use crate::stored_segments::{ReadError, read_stored};
 
 use super::chain::anchors;
 use super::read::{ListedIndex, get, list};
@@ -19,6 +22,8 @@ use super::read::{ListedIndex, get, list};
 const TAIL_BYTES: u64 = 64 << 10;
 /// Indexes read at once for one group.
 const AT_ONCE: usize = 8;
+/// Segments' WAL read at once for one group.
+const WALS_AT_ONCE: usize = 2;
 
 /// Why the builder stopped.
 #[derive(Debug, thiserror::Error)]
@@ -249,15 +254,21 @@ impl Merging<'_> {
         entries: &[&SegmentEntry],
     ) -> Result<Result<MergedIndex, InTheWay>, MergeError> {
         let jobs: Vec<_> = entries.iter().map(|entry| self.segment(entry)).collect();
-        let read: Vec<Result<MergedIndex, InTheWay>> =
+        let read: Vec<Result<ReadSegment<'_>, InTheWay>> =
             stream::iter(jobs).buffered(AT_ONCE).try_collect().await?;
-        match read.into_iter().collect::<Result<Vec<_>, _>>() {
-            Ok(parts) => Ok(merged(parts, entries).await),
-            Err(in_the_way) => Ok(Err(in_the_way)),
-        }
+        let read = match read.into_iter().collect::<Result<Vec<_>, _>>() {
+            Ok(read) => read,
+            Err(in_the_way) => return Ok(Err(in_the_way)),
+        };
+        let jobs: Vec<_> = read.into_iter().map(|segment| self.with_names(segment)).collect();
+        let parts: Vec<MergedIndex> = stream::iter(jobs).buffered(WALS_AT_ONCE).try_collect().await?;
+        Ok(merged(parts, entries).await.map(MergedIndex::narrowed))
     }
 
-    async fn segment(&self, entry: &SegmentEntry) -> Result<Result<MergedIndex, InTheWay>, MergeError> {
+    async fn segment<'e>(
+        &self,
+        entry: &'e SegmentEntry,
+    ) -> Result<Result<ReadSegment<'e>, InTheWay>, MergeError> {
         let path = &entry.path;
         let skipped = |reason: String| Ok(Err(SkippedIndex { path: path.clone(), reason }));
         let read = self.archive.read_end(path, TAIL_BYTES, |tail, size| {
@@ -274,9 +285,46 @@ impl Merging<'_> {
         if Some(found) != ChainLink::of(entry) {
             return skipped("it has changed since the catalogue was read".to_owned());
         }
-        let is_longer = path.contains('@');
-        Ok(Ok(MergedIndex::of_segment(index, stored_bytes, digest, is_longer)))
+        Ok(Ok(ReadSegment { path, index, digest, stored_bytes }))
     }
+
+    async fn with_names(&self, segment: ReadSegment<'_>) -> Result<MergedIndex, MergeError> {
+        let names = self.names(segment.path, &segment.index).await;
+        let names = match names {
+            Ok(names) => Some(names),
+            Err(ReadError::Storage(e)) if !e.is_not_found() && !e.is_bad_object() => return Err(e.into()),
+            // Names are an extra, and verify tells of the segment.
+            Err(e) => {
+                tracing::warn!("names are not merged: {e}");
+                None
+            }
+        };
+        let ReadSegment { path, index, digest, stored_bytes } = segment;
+        Ok(MergedIndex::of_segment(index, stored_bytes, digest, path.contains('@'), names))
+    }
+
+    /// What a segment says about names.
+    async fn names(&self, path: &str, index: &SegmentIndex) -> Result<NamesLog, ReadError> {
+        let files = CatalogueFiles::default();
+        let wal = match NamesLog::needs_wal(index, &files) {
+            true => Some(read_stored(self.archive, path).await?.wal),
+            false => None,
+        };
+        let (index, path) = (index.clone(), path.to_owned());
+        let read = move || {
+            let names = NamesLog::of_segment(&index, wal.as_deref(), &files);
+            names.map_err(|damage| ReadError::Damaged { path, source: damage.corrupt })
+        };
+        tokio::task::spawn_blocking(read).await.expect("reading records does not panic")
+    }
+}
+
+/// A segment as its object's end tells it.
+struct ReadSegment<'a> {
+    path: &'a str,
+    index: SegmentIndex,
+    digest: [u8; 32],
+    stored_bytes: u64,
 }
 
 async fn merged(parts: Vec<MergedIndex>, of: &[&SegmentEntry]) -> Result<MergedIndex, InTheWay> {

@@ -576,7 +576,7 @@ fn get_time(r: &mut Reader<'_>, field: &'static str) -> Result<TimestampTz, Corr
     r.i64(field).map(TimestampTz::from_postgres_micros)
 }
 
-fn get_timeline(r: &mut Reader<'_>, field: &'static str) -> Result<TimelineId, Corrupt> {
+pub(super) fn get_timeline(r: &mut Reader<'_>, field: &'static str) -> Result<TimelineId, Corrupt> {
     r.parse_u32(field, TimelineId::new)
 }
 
@@ -779,7 +779,7 @@ fn decode_checkpoint(r: &mut Reader<'_>, base: Lsn) -> Result<CheckpointInfo, Co
     })
 }
 
-fn encode_file_event(w: &mut Writer, base: Lsn, e: &FileEvent) {
+pub(super) fn encode_file_event(w: &mut Writer, base: Lsn, e: &FileEvent) {
     put_lsn(w, base, e.start);
     w.u32(e.xid.get());
     match &e.kind {
@@ -817,7 +817,7 @@ fn encode_file_event(w: &mut Writer, base: Lsn, e: &FileEvent) {
     }
 }
 
-fn decode_file_event(r: &mut Reader<'_>, base: Lsn) -> Result<FileEvent, Corrupt> {
+pub(super) fn decode_file_event(r: &mut Reader<'_>, base: Lsn) -> Result<FileEvent, Corrupt> {
     let (start, xid) = (get_lsn(r, base)?, r.u32("xid")?.into());
     let at = r.position();
     let kind = match r.u8("event")? {

@@ -49,7 +49,7 @@ pub use manifest::{
 };
 pub use merged::{
     MERGE_BUILDER, MERGE_STEPS, MERGED_SECTIONS, MergeGroup, MergedDirectory, MergedIndex, MergedObject,
-    MergedSection, MergedSegment, MergedSummary, RelationSegments, TouchedFork,
+    MergedSection, MergedSegment, MergedSummary, NamesLog, OverEdge, RelationSegments, TouchedFork,
 };
 pub use reach::Reach;
 pub use source::PushSource;

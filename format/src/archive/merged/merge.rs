@@ -10,6 +10,8 @@ use crate::archive::source::PushSource;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, RelFileLocator, Xid};
 use crate::segment::WalFileName;
 
+use super::names::NamesLog;
+
 /// Consecutive segments of one timeline, and what their indexes say together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MergedIndex {
@@ -24,6 +26,8 @@ pub struct MergedIndex {
     pub relations: Vec<RelationSegments>,
     /// The blocks touched, by relation and fork, where [`MergedIndex::is_reduced`].
     pub touched: Vec<TouchedFork>,
+    /// What they say about names; none where that was not read, or is too much.
+    pub names: Option<NamesLog>,
     /// Whether what is bulky was left out, as in all steps but the first.
     pub is_reduced: bool,
 }
@@ -92,12 +96,13 @@ pub struct TouchedFork {
 }
 
 impl MergedIndex {
-    /// A segment's index as a merged one of a single segment.
+    /// A segment's index, and what the segment says about names, as a merged one of a single segment.
     pub fn of_segment(
         mut index: SegmentIndex,
         stored_bytes: u64,
         digest: [u8; 32],
         is_longer_copy: bool,
+        names: Option<NamesLog>,
     ) -> Self {
         let ended = index.xacts.iter().filter(|x| x.kind.is_end());
         let xids = ended.flat_map(|x| std::iter::once(&x.xid).chain(&x.subxacts)).map(|xid| xid.get());
@@ -123,6 +128,7 @@ impl MergedIndex {
                 .collect(),
             all: index,
             touched: Vec::new(),
+            names: names.filter(NamesLog::is_storable),
             is_reduced: false,
         }
     }
@@ -151,6 +157,8 @@ impl MergedIndex {
                 return None;
             }
             let edge = first.info.name.start(size)?;
+            let names = merged.names.take().zip(part.names).and_then(|(a, b)| a.then(b, &first.info));
+            merged.names = names.filter(NamesLog::is_storable);
             let offset = u32::try_from(merged.segments.len()).ok()?;
             let (all, other) = (&mut merged.all, part.all);
             append(&mut all.xacts, other.xacts, edge, |x| x.start);
@@ -198,6 +206,13 @@ impl MergedIndex {
         self
     }
 
+    /// The same with [narrowed](NamesLog::narrowed) names, as every object of the first step has them.
+    #[must_use]
+    pub fn narrowed(mut self) -> Self {
+        self.names = self.names.map(NamesLog::narrowed);
+        self
+    }
+
     /// What the segments put into the chain, in order.
     pub fn links(&self) -> impl Iterator<Item = ChainLink> + '_ {
         self.segments.iter().map(MergedSegment::link)
@@ -205,7 +220,7 @@ impl MergedIndex {
 }
 
 /// Puts a later part's items behind. A record that runs over the `edge` between them may be in both, and is taken once.
-fn append<T>(to: &mut Vec<T>, from: Vec<T>, edge: Lsn, start: impl Fn(&T) -> Lsn) {
+pub(super) fn append<T>(to: &mut Vec<T>, from: Vec<T>, edge: Lsn, start: impl Fn(&T) -> Lsn) {
     let known = to.last().map(&start);
     to.extend(from.into_iter().filter(|item| {
         let at = start(item);

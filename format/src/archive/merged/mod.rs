@@ -5,6 +5,7 @@
 
 mod groups;
 mod merge;
+mod names;
 mod object;
 mod summary;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod tests;
 
 pub use groups::MergeGroup;
 pub use merge::{MergedIndex, MergedSegment, RelationSegments, TouchedFork};
+pub use names::{NamesLog, OverEdge};
 pub use object::{MERGED_SECTIONS, MergedDirectory, MergedObject, MergedSection};
 pub use summary::MergedSummary;
 
@@ -20,4 +22,4 @@ pub use summary::MergedSummary;
 pub const MERGE_STEPS: [u64; 3] = [16, 256, 4096];
 
 /// What the builder writes. Raised whenever it learns to say more, so that its objects take precedence.
-pub const MERGE_BUILDER: u16 = 1;
+pub const MERGE_BUILDER: u16 = 2;

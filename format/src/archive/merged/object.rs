@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::merge::{MergedIndex, MergedSegment, RelationSegments, TouchedFork};
+use super::names::{NAMES_BYTES_MAX, NamesLog};
 use crate::archive::chain::{ChainHash, ChainHead, ChainStart};
 use crate::archive::envelope::{Footer, Header, ObjectKind};
 use crate::archive::index::{
@@ -49,11 +50,13 @@ pub enum MergedSection {
     Relations,
     /// Blocks touched; in all steps but the first.
     Touched,
+    /// What concerns names; not where that is too much.
+    Names,
 }
 
 /// Every section that is written: its name on docs/format.md, its number, its version. What is large comes first, what a
 /// catalogue needs last.
-pub const MERGED_SECTIONS: [(&str, u16, u16, MergedSection); 12] = [
+pub const MERGED_SECTIONS: [(&str, u16, u16, MergedSection); 13] = [
     ("blocks", section::BLOCKS, SECTION_VERSION, MergedSection::Blocks),
     ("xacts", section::XACTS, SECTION_VERSION, MergedSection::Xacts),
     ("touched", 67, SECTION_VERSION, MergedSection::Touched),
@@ -63,6 +66,7 @@ pub const MERGED_SECTIONS: [(&str, u16, u16, MergedSection); 12] = [
     ("checkpoints", section::CHECKPOINTS, SECTION_VERSION, MergedSection::Checkpoints),
     ("timeline_ends", section::TIMELINE_ENDS, SECTION_VERSION, MergedSection::TimelineEnds),
     ("rmgrs", section::RMGRS, SECTION_VERSION, MergedSection::Rmgrs),
+    ("names", 68, SECTION_VERSION, MergedSection::Names),
     ("drops", 65, SECTION_VERSION, MergedSection::Drops),
     ("restore_points", section::RESTORE_POINTS, SECTION_VERSION, MergedSection::RestorePoints),
     ("segments", 64, SECTION_VERSION, MergedSection::Segments),
@@ -121,7 +125,11 @@ impl MergedObject {
             encode_section(index, *section, &mut w);
             (*number, *version, w.into_bytes())
         });
-        let sections: Vec<_> = sections.filter(|(.., raw)| !raw.is_empty()).collect();
+        let names = MergedSection::Names.number();
+        let stored = |(number, _, raw): &(u16, u16, Vec<u8>)| {
+            !raw.is_empty() && (*number != names || raw.len() as u64 <= NAMES_BYTES_MAX)
+        };
+        let sections: Vec<_> = sections.filter(stored).collect();
         directory.varint(sections.len() as u64);
         let mut compressor = zstd::bulk::Compressor::new(LEVEL).ok();
         for (number, version, raw) in &sections {
@@ -149,6 +157,7 @@ impl MergedObject {
             drops: Vec::new(),
             relations: Vec::new(),
             touched: Vec::new(),
+            names: None,
             is_reduced: directory.is_reduced,
         };
         for (_, number, _, section) in &MERGED_SECTIONS {
@@ -159,6 +168,7 @@ impl MergedObject {
                 MergedSection::Drops => directory.drops(&raw).map(|drops| index.drops = drops),
                 MergedSection::Relations => directory.relations(&raw).map(|r| index.relations = r),
                 MergedSection::Touched => directory.touched(&raw).map(|t| index.touched = t),
+                MergedSection::Names => directory.names(&raw).map(|names| index.names = Some(names)),
                 _ => index.all.decode_section(*number, &raw),
             };
             decoded.map_err(|e| e.offset_by(at))?;
@@ -210,7 +220,9 @@ impl MergedDirectory {
     fn stretch(&self, section: MergedSection) -> Option<Stretch> {
         let number = section.number();
         let known = |(n, version, _): &&SectionAt| *n == number && *version == SECTION_VERSION;
-        self.sections.iter().find(known).map(|(.., stretch)| *stretch)
+        let found = self.sections.iter().find(known).map(|(.., stretch)| *stretch);
+        // What nobody stores is not read: the segments tell it.
+        found.filter(|s| section != MergedSection::Names || s.raw_bytes <= NAMES_BYTES_MAX)
     }
 
     /// Where a section lies; none where it would be empty, or is of a version that this reader does not know.
@@ -257,6 +269,14 @@ impl MergedDirectory {
     /// Blocks touched, out of what was read of [`MergedSection::Touched`].
     pub fn read_touched(&self, stored: &[u8]) -> Result<Vec<TouchedFork>, Corrupt> {
         self.touched(&self.open(MergedSection::Touched, stored)?)
+    }
+
+    /// What concerns names, out of what was read of [`MergedSection::Names`]; none where the object does not tell it.
+    pub fn read_names(&self, stored: &[u8]) -> Result<Option<NamesLog>, Corrupt> {
+        match self.stretch(MergedSection::Names) {
+            Some(_) => self.names(&self.open(MergedSection::Names, stored)?).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The lists of a segment's index, out of what was read of their sections' ranges; the rest stays empty.
@@ -323,6 +343,14 @@ impl MergedDirectory {
         })
     }
 
+    fn names(&self, raw: &[u8]) -> Result<NamesLog, Corrupt> {
+        let base = self.first.name.start(self.first.size).unwrap_or_default();
+        let mut r = Reader::new(raw);
+        let names = NamesLog::decode(&mut r, base)?;
+        r.finish("section")?;
+        Ok(names)
+    }
+
     #[allow(clippy::unused_self)] // beside its siblings
     fn touched(&self, raw: &[u8]) -> Result<Vec<TouchedFork>, Corrupt> {
         lists(raw, 5, |r| {
@@ -367,6 +395,7 @@ fn encode_section(index: &MergedIndex, section: MergedSection, w: &mut Writer) {
             w.u8(t.fork.get());
             put_runs(w, &t.runs);
         }),
+        MergedSection::Names => index.names.iter().for_each(|names| names.encode(w, base)),
         _ => index.all.encode_section(section.number(), w),
     }
 }

@@ -5,6 +5,7 @@ use crate::archive::chain::ChainStart;
 use crate::archive::envelope::{FOOTER_BYTES, Footer};
 use crate::archive::index::*;
 use crate::archive::stored_segment::samples;
+use crate::engines::postgres::catalogue::{CatalogueChange, ChangeKind, TupleId};
 use crate::{ForkNumber, Lsn, RelFileLocator, SegmentName, SegmentSize, TimelineId, TimestampTz};
 
 const SIZE: u64 = 16 << 20;
@@ -106,12 +107,24 @@ fn index_of(records: &[Rec], from: u64, to: u64, joined: bool) -> SegmentIndex {
     index
 }
 
+/// A row that went, at the start of the segment.
+fn names(number: u64) -> NamesLog {
+    let change = CatalogueChange {
+        lsn: (number * SIZE).into(),
+        xid: 700.into(),
+        file: relation(1259),
+        kind: ChangeKind::Delete { at: TupleId { block: 1, offset: 2 } },
+    };
+    NamesLog { changes: vec![change], ..NamesLog::default() }
+}
+
 fn part(records: &[Rec], number: u64) -> MergedIndex {
     MergedIndex::of_segment(
         index_of(records, number, number + 1, true),
         number,
         [number as u8; 32],
         number.is_multiple_of(2),
+        Some(names(number)),
     )
 }
 
@@ -177,6 +190,8 @@ proptest! {
         prop_assert_eq!(&directory.read_touched(read(MergedSection::Touched)).unwrap(), &object.index.touched);
         let lists = [MergedSection::Xacts, MergedSection::Blocks, MergedSection::Rmgrs].map(|s| (s, read(s)));
         prop_assert_eq!(&directory.read_lists(&lists).unwrap(), &object.index.all);
+        prop_assert_eq!(&directory.read_names(read(MergedSection::Names)).unwrap(), &object.index.names);
+        prop_assert_eq!(object.index.names.as_ref().map(|n| n.changes.len()), Some(4));
         prop_assert_eq!(object.head().unwrap().hash, directory.after);
     }
 
@@ -185,7 +200,7 @@ proptest! {
         // Segments with faults are not merged.
         index.faults.clear();
         let pushed_by = index.pushed_by.clone();
-        let object = sealed(MergedIndex::of_segment(index, 7, [3; 32], false));
+        let object = sealed(MergedIndex::of_segment(index, 7, [3; 32], false, None));
         prop_assert_eq!(&object.index.segments[0].pushed_by, &pushed_by);
         prop_assert_eq!(MergedObject::decode(&object.encode()).unwrap(), object);
     }
@@ -235,6 +250,27 @@ fn segments_that_do_not_follow_one_another_are_not_merged() {
     assert!(parts(&[FIRST + 1, FIRST]).is_none());
     let mixed = [part(&records, FIRST), part(&records, FIRST + 1).reduced()];
     assert!(MergedIndex::merge(mixed).is_none());
+}
+
+#[test]
+fn names_are_merged_where_all_parts_have_them() {
+    let records = some_records();
+    let parts = || (FIRST..FIRST + 3).map(|n| part(&records, n));
+    let places =
+        |m: &MergedIndex| m.names.as_ref().map(|n| n.changes.iter().map(|c| c.lsn).collect::<Vec<_>>());
+    let all = [FIRST, FIRST + 1, FIRST + 2].map(|n| Lsn::from(n * SIZE)).to_vec();
+    assert_eq!(places(&MergedIndex::merge(parts()).unwrap()), Some(all));
+    let lacking = parts().enumerate().map(|(n, part)| match n {
+        1 => MergedIndex { names: None, ..part },
+        _ => part,
+    });
+    let merged = MergedIndex::merge(lacking).unwrap();
+    assert_eq!(places(&merged), None);
+    // An object without them says so, and is read for the rest.
+    let bytes = sealed(merged.clone()).encode();
+    assert_eq!(MergedObject::decode(&bytes).unwrap().index, merged);
+    let directory = MergedDirectory::decode(&bytes, bytes.len() as u64).unwrap().unwrap();
+    assert_eq!((directory.range(MergedSection::Names), directory.read_names(&[])), (None, Ok(None)));
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use waltide_format::archive::{SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, SystemLayout};
+use waltide_format::archive::{
+    NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, SystemLayout,
+};
+use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XlogRecord,
@@ -90,6 +93,23 @@ impl ArchivedIndexes {
         let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode(&object)).await;
         let decoded = decoded.expect("decoding a segment does not panic");
         decoded.map(|s| s.wal).map_err(|source| SearchError::Damaged { path, source })
+    }
+
+    /// What a segment says about names, out of its index and, where that does not tell all, out of its WAL.
+    pub(super) async fn names(
+        &self,
+        entry: &SegmentEntry,
+        index: &SegmentIndex,
+        files: &CatalogueFiles,
+    ) -> Result<NamesLog, SearchError> {
+        let wal = match NamesLog::needs_wal(index, files) {
+            true => Some(self.wal(entry).await?),
+            false => None,
+        };
+        let (index, files) = (index.clone(), files.clone());
+        let read = move || NamesLog::of_segment(&index, wal.as_deref(), &files);
+        let read = tokio::task::spawn_blocking(read).await.expect("reading records does not panic");
+        read.map_err(|source| SearchError::Wal { path: entry.path.clone(), source })
     }
 
     /// Calls `look` with the records of `segments`, neighbours in order, until it has found something.

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::archive::{
     Catalog, ChainLink, MergedDirectory, MergedIndex, MergedName, MergedObject, MergedSegment, MergedSummary,
-    SegmentEntry, SystemLayout,
+    NamesLog, SegmentEntry, SegmentIndex, SystemLayout,
 };
+use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_format::{SegmentName, Xid};
 use waltide_storage::{Archive, ObjectInfo, StorageError};
 
@@ -18,6 +19,8 @@ const OBJECT_BYTES_MAX: u64 = 1 << 30;
 const TAIL_BYTES: u64 = 16 << 10;
 /// Segments' indexes read at once, and merged before the next are read.
 const AT_ONCE: usize = 16;
+/// Segments' WAL read at once.
+const WALS_AT_ONCE: usize = 2;
 
 /// Something wrong with a merged index, or with a segment that it speaks of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,6 +154,7 @@ impl IndexCheck<'_> {
         let source = ArchivedIndexes::new(self.archive.clone());
         let present: Vec<(usize, &SegmentEntry)> = copies.iter().map(|(at, entry)| (*at, *entry)).collect();
         let mut parts = Vec::new();
+        let mut unreadable = false;
         for chunk in present.chunks(AT_ONCE) {
             let jobs = chunk.iter().map(|(at, entry)| {
                 let (source, at, entry) = (&source, *at, *entry);
@@ -164,12 +168,19 @@ impl IndexCheck<'_> {
                 }
             });
             let read: Vec<_> = stream::iter(jobs.collect::<Vec<_>>()).buffered(AT_ONCE).try_collect().await?;
+            let names = match stored.names {
+                Some(_) => self.names(&read).await?,
+                None => Vec::new(),
+            };
+            unreadable |= names.iter().any(Option::is_none);
+            let mut names = names.into_iter();
             let Some(read) = read.into_iter().collect::<Option<Vec<_>>>() else { return Ok(None) };
             let mut of_chunk = Vec::new();
             for (at, entry, index) in read {
                 let Some(digest) = ChainLink::of(entry).map(|link| link.digest) else { return Ok(None) };
-                let part =
-                    MergedIndex::of_segment(index, entry.stored_bytes, digest, entry.path.contains('@'));
+                let is_longer = entry.path.contains('@');
+                let names = names.next().flatten();
+                let part = MergedIndex::of_segment(index, entry.stored_bytes, digest, is_longer, names);
                 let expected = stored.segments.get(at);
                 if part.segments.first() != expected {
                     let name = entry.info.name;
@@ -183,13 +194,37 @@ impl IndexCheck<'_> {
             return Ok(None);
         }
         let merge = move || {
-            let parts = parts.into_iter().map(MergedIndex::merge).collect::<Option<Vec<_>>>()?;
+            let chunk = |part: Vec<MergedIndex>| MergedIndex::merge(part).map(MergedIndex::narrowed);
+            let parts = parts.into_iter().map(chunk).collect::<Option<Vec<_>>>()?;
             MergedIndex::merge(parts)
         };
         let whole = tokio::task::spawn_blocking(merge).await.expect("merging does not panic");
-        let Some(whole) = whole else { return Ok(None) };
+        let Some(mut whole) = whole else { return Ok(None) };
+        // Not every object has them, and they cannot be told of WAL that is damaged.
+        if stored.names.is_none() || unreadable {
+            whole.names.clone_from(&stored.names);
+        }
         Ok(section_that_differs(&whole, stored)
             .map(|section| format!("it is not what the segments say: {section} differs")))
+    }
+
+    /// What segments say about names; none of one whose WAL cannot be read, which is told where segments are looked at.
+    async fn names(
+        &self,
+        segments: &[Option<(usize, &SegmentEntry, SegmentIndex)>],
+    ) -> Result<Vec<Option<NamesLog>>, StorageError> {
+        let source = ArchivedIndexes::new(self.archive.clone());
+        let jobs = segments.iter().flatten().map(|(_, entry, index)| {
+            let source = &source;
+            async move {
+                match source.names(entry, index, &CatalogueFiles::default()).await {
+                    Ok(names) => Ok(Some(names)),
+                    Err(SearchError::Storage(e)) if !e.is_not_found() && !e.is_bad_object() => Err(e),
+                    Err(_) => Ok(None),
+                }
+            }
+        });
+        stream::iter(jobs.collect::<Vec<_>>()).buffered(WALS_AT_ONCE).try_collect().await
     }
 }
 
@@ -256,6 +291,7 @@ fn section_that_differs(a: &MergedIndex, b: &MergedIndex) -> Option<&'static str
         ("touched", a.touched == b.touched),
         ("relations", a.relations == b.relations),
         ("rmgrs", a.all.rmgrs == b.all.rmgrs),
+        ("names", a.names == b.names),
     ];
     parts.into_iter().find(|(_, same)| !same).map(|(name, _)| name)
 }

@@ -10,6 +10,7 @@ mod install;
 mod log_names;
 pub(crate) mod merged;
 mod names;
+mod names_log;
 mod pages;
 mod queue;
 pub mod redo;

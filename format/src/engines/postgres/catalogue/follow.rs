@@ -168,6 +168,11 @@ impl Follower {
         self.xids.contains(&xid)
     }
 
+    /// All of them, as far as is known.
+    pub fn xids(&self) -> impl Iterator<Item = Xid> + '_ {
+        self.xids.iter().copied()
+    }
+
     /// Those of them whose fate no row says: it stands in the log or, of old ones, in pg_xact.
     pub fn unknown_xids(&self) -> BTreeSet<u32> {
         let begun = self.versions.iter().filter(|v| v.xmin_hint == Hint::Unknown).map(|v| v.xmin);

@@ -1,0 +1,402 @@
+//! The log that names are followed along, in parts: out of merged indexes as far as there are any, else segment by segment.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Range;
+
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use waltide_format::archive::{
+    CommitKind, FileEvent, MergedDirectory, MergedName, MergedSection, MergedSegment, NamesLog,
+    RelationSegments, Step, SystemLayout, XactEnd,
+};
+use waltide_format::engines::postgres::catalogue::{
+    CatalogueChange, CatalogueFiles, Commit, Fates, Follower,
+};
+use waltide_format::engines::postgres::wal::PreviousTail;
+use waltide_format::{Corrupt, Lsn, SegmentName, Xid};
+use waltide_storage::Archive;
+
+use super::indexes::{ArchivedIndexes, SearchError};
+
+/// How many indexes are read at once.
+const AT_ONCE: usize = 8;
+/// How many segments' WAL is read at once.
+const WALS_AT_ONCE: usize = 2;
+/// What is read of a merged index's end at first, and as much more for each segment that it covers.
+const TAIL_BYTES: u64 = 64 << 10;
+const TAIL_BYTES_PER_SEGMENT: u64 = 192;
+/// An object is read for more segments than one of the step below would tell.
+const OBJECTS_BELOW: u64 = 16;
+
+/// A part of the log to be followed.
+pub(super) struct Log<'a> {
+    pub(super) archive: &'a Archive,
+    pub(super) layout: &'a SystemLayout,
+    /// The segments, in order.
+    pub(super) steps: &'a [&'a Step<'a>],
+    pub(super) from: Lsn,
+    pub(super) until: Lsn,
+    /// Where catalogues lie.
+    pub(super) files: &'a CatalogueFiles,
+}
+
+/// What became of the transactions that matter to names.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    pub(super) fates: Fates,
+    /// Those that were prepared, each with its global identifier where the log says it.
+    pub(super) prepared: HashMap<Xid, Option<String>>,
+}
+
+/// What some of the steps say.
+struct Part {
+    steps: Range<usize>,
+    log: NamesLog,
+    /// What a merged index says of those segments; nothing of one that was read itself.
+    merged: Vec<MergedSegment>,
+}
+
+/// A merged index, as far as names need it.
+struct Merged {
+    segments: Vec<MergedSegment>,
+    relations: Vec<RelationSegments>,
+    log: NamesLog,
+}
+
+/// What has been seen of transactions.
+#[derive(Default)]
+struct Seen {
+    told: Told,
+    /// Those that ended.
+    ended: HashSet<Xid>,
+    /// Prepared ones whose PREPARE was not met, with the end that was.
+    unprepared: BTreeMap<u32, Lsn>,
+}
+
+impl Log<'_> {
+    /// Gives the follower what happened, and says what became of the transactions.
+    pub(super) async fn tell(&self, follower: &mut Follower) -> Result<Told, SearchError> {
+        let indexes = &ArchivedIndexes::new(self.archive.clone());
+        let merged = self.merged().await?;
+        let alone = self.steps.len().saturating_sub(merged.iter().map(|part| part.steps.len()).sum());
+        tracing::info!("names: {} merged indexes and {alone} segments to read", merged.len());
+        let covered: Vec<usize> = merged.iter().flat_map(|part| part.steps.clone()).collect();
+        let read = self.in_order(merged).into_iter().map(|part| async move {
+            match part {
+                Ok(part) => Ok((part, None)),
+                Err(number) => {
+                    let Some(step) = self.steps.get(number) else { return Ok((Part::none(number), None)) };
+                    Ok((Part::none(number), Some((step.entry, indexes.index(step.entry).await?))))
+                }
+            }
+        });
+        let parts = stream::iter(read).buffered(AT_ONCE).map_ok(|(part, alone)| async move {
+            match alone {
+                None => Ok::<_, SearchError>(part),
+                Some((entry, index)) => {
+                    Ok(Part { log: indexes.names(entry, &index, self.files).await?, ..part })
+                }
+            }
+        });
+        let mut parts = std::pin::pin!(parts.try_buffered(WALS_AT_ONCE));
+        let mut seen = Seen::default();
+        let mut tail: Option<PreviousTail> = None;
+        let mut last: Option<&Step<'_>> = None;
+        while let Some(part) = parts.try_next().await? {
+            let Some(steps) = self.steps.get(part.steps.clone()) else { break };
+            let [first, ..] = steps else { continue };
+            let over =
+                NamesLog::over_edge(tail.take(), part.log.head.as_deref(), &first.entry.info, self.files);
+            let over = over.map_err(|source| SearchError::Wal { path: first.entry.path.clone(), source })?;
+            tail = over.tail;
+            if let Some(last) = last {
+                self.take(follower, over.log, last, &mut seen);
+            }
+            last = steps.last().copied();
+            if let Some(last) = last {
+                tail = tail.or(part.log.tail.clone());
+                self.take(follower, part.log, last, &mut seen);
+                self.take_open(indexes, follower, steps, &part.merged, &mut seen).await?;
+            }
+        }
+        self.find_prepares(indexes, &covered, &mut seen).await?;
+        Ok(seen.told)
+    }
+
+    fn is_here(&self, start: Lsn, last: &Step<'_>) -> bool {
+        self.from <= start && start < self.until.min(last.usable_end)
+    }
+
+    /// Gives the follower what a stretch of the log says that ends with the step `last`.
+    fn take(&self, follower: &mut Follower, log: NamesLog, last: &Step<'_>, seen: &mut Seen) {
+        for unread in &log.unread {
+            tracing::warn!("{unread}");
+        }
+        for xid in log.writers() {
+            seen.ended.remove(&xid);
+        }
+        let NamesLog { changes, events, ends, .. } = log;
+        self.take_changes(follower, changes, events, last);
+        for end in ends {
+            self.take_end(follower, end, last, seen);
+        }
+    }
+
+    /// Changes and what happened to files, in the order of the log.
+    fn take_changes(
+        &self,
+        follower: &mut Follower,
+        changes: Vec<CatalogueChange>,
+        events: Vec<FileEvent>,
+        last: &Step<'_>,
+    ) {
+        let mut events = events.into_iter().filter(|e| self.is_here(e.start, last)).peekable();
+        for change in changes.into_iter().filter(|c| self.is_here(c.lsn, last)) {
+            while let Some(event) = events.next_if(|e| e.start <= change.lsn) {
+                follower.apply_event(&event);
+            }
+            follower.apply(&change);
+        }
+        for event in events {
+            follower.apply_event(&event);
+        }
+    }
+
+    fn take_end(&self, follower: &Follower, end: XactEnd, last: &Step<'_>, seen: &mut Seen) {
+        if !self.is_here(end.start, last) {
+            return;
+        }
+        if !follower.concerns(end.xid) && !end.subxacts.iter().any(|xid| follower.concerns(*xid)) {
+            return;
+        }
+        let XactEnd { kind, xid, start, end, time, subxacts, gid, .. } = end;
+        if kind.is_end() {
+            seen.ended.extend(std::iter::once(xid).chain(subxacts.iter().copied()));
+        }
+        if kind.is_commit() {
+            seen.told.fates.add(Commit { xid, start, end, time }, &subxacts);
+        }
+        if matches!(kind, CommitKind::Prepare | CommitKind::CommitPrepared) {
+            let known = seen.told.prepared.entry(xid).or_insert(None);
+            *known = known.take().or(gid);
+            match known {
+                Some(_) => seen.unprepared.remove(&xid.get()),
+                None => seen.unprepared.insert(xid.get(), start),
+            };
+        }
+    }
+
+    /// A merged index has the ends of those transactions that wrote what it tells. Of one that wrote earlier, or that
+    /// the base shows, it says only in which segments it may have ended.
+    async fn take_open(
+        &self,
+        indexes: &ArchivedIndexes,
+        follower: &Follower,
+        steps: &[&Step<'_>],
+        merged: &[MergedSegment],
+        seen: &mut Seen,
+    ) -> Result<(), SearchError> {
+        if merged.is_empty() {
+            return Ok(());
+        }
+        let open: BTreeSet<u32> =
+            follower.xids().filter(|xid| !seen.ended.contains(xid)).map(Xid::get).collect();
+        let may_end = |segment: &MergedSegment| {
+            segment.xids.is_some_and(|(least, greatest)| {
+                least <= greatest && open.range(least..=greatest).next().is_some()
+            })
+        };
+        let wanted = steps.iter().zip(merged).filter(|(_, segment)| may_end(segment));
+        let read = wanted
+            .map(|(step, _)| async move { Ok::<_, SearchError>((step, indexes.index(step.entry).await?)) });
+        let mut read = stream::iter(read.collect::<Vec<_>>()).buffered(AT_ONCE);
+        while let Some((step, index)) = read.try_next().await? {
+            for end in index.xacts {
+                self.take_end(follower, end, step, seen);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for the PREPAREs of transactions that wrote and were prepared under different merged indexes.
+    async fn find_prepares(
+        &self,
+        indexes: &ArchivedIndexes,
+        covered: &[usize],
+        seen: &mut Seen,
+    ) -> Result<(), SearchError> {
+        let Some(latest) = seen.unprepared.values().max().copied() else { return Ok(()) };
+        let steps = covered.iter().rev().filter_map(|n| self.steps.get(*n)).filter(|s| s.start() < latest);
+        let read =
+            steps.map(|step| async move { Ok::<_, SearchError>((step, indexes.index(step.entry).await?)) });
+        let mut read = stream::iter(read.collect::<Vec<_>>()).buffered(AT_ONCE);
+        while !seen.unprepared.is_empty()
+            && let Some((step, index)) = read.try_next().await?
+        {
+            for end in index.xacts.into_iter().filter(|end| self.is_here(end.start, step)) {
+                let before = seen.unprepared.get(&end.xid.get()).is_some_and(|lsn| end.start < *lsn);
+                if before && end.kind == CommitKind::Prepare {
+                    seen.told.prepared.insert(end.xid, end.gid);
+                    seen.unprepared.remove(&end.xid.get());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of all steps: merged ones, and the numbers of steps that none covers.
+    fn in_order(&self, merged: Vec<Part>) -> Vec<Result<Part, usize>> {
+        let mut by_start: BTreeMap<usize, Part> =
+            merged.into_iter().map(|part| (part.steps.start, part)).collect();
+        let (mut parts, mut next) = (Vec::new(), 0usize);
+        while next < self.steps.len() {
+            match by_start.remove(&next) {
+                Some(part) => {
+                    next = part.steps.end;
+                    parts.push(Ok(part));
+                }
+                None => {
+                    parts.push(Err(next));
+                    next = next.saturating_add(1);
+                }
+            }
+        }
+        parts
+    }
+
+    /// What merged indexes say, that were made of these very segments.
+    async fn merged(&self) -> Result<Vec<Part>, SearchError> {
+        let number = |(n, step): (usize, &&Step<'_>)| (step.entry.info.name, n);
+        let mut open: BTreeMap<SegmentName, usize> = self.steps.iter().enumerate().map(number).collect();
+        if open.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let listed = self.archive.list(&self.layout.merged()).await?.into_iter();
+        let named = listed.filter_map(|o| Some((self.layout.parse_merged(&o.path)?, o.path)));
+        let mut listed: Vec<_> = named.filter(|(name, _)| worth_it(name, &open)).collect();
+        // Those that cover most come first, and of one range the newest.
+        listed.sort_by_key(|(name, _)| std::cmp::Reverse((name.step, name.builder, name.generation)));
+        let mut parts = Vec::new();
+        // What turns out to be of no use leaves its segments to those that cover less.
+        while !listed.is_empty() {
+            let mut left = open.clone();
+            let (chosen, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|(name, _)| {
+                let chosen = worth_it(name, &left);
+                if chosen {
+                    left.retain(|segment, _| !(name.first..=name.last).contains(segment));
+                }
+                chosen
+            });
+            if chosen.is_empty() {
+                break;
+            }
+            listed = others;
+            let read = chosen.iter().map(|(name, path)| self.read(name, path));
+            let mut read = stream::iter(read.collect::<Vec<_>>()).buffered(AT_ONCE);
+            while let Some(merged) = read.try_next().await? {
+                let Some(part) = merged.and_then(|merged| self.part(merged, &open)) else { continue };
+                for step in self.steps.get(part.steps.clone()).unwrap_or_default() {
+                    open.remove(&step.entry.info.name);
+                }
+                parts.push(part);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Reads one; none where it is gone, damaged, or does not tell names.
+    async fn read(&self, name: &MergedName, path: &str) -> Result<Option<Merged>, SearchError> {
+        let with_relations = self.files.moved().next().is_some();
+        let bytes = TAIL_BYTES.saturating_add(name.step.saturating_mul(TAIL_BYTES_PER_SEGMENT));
+        let read = self.archive.read_end(path, bytes, |tail, size| {
+            let directory = match MergedDirectory::decode(tail, size)? {
+                Ok(directory) => directory,
+                Err(needed) => return Ok(Err(needed)),
+            };
+            if directory.first.name != name.first || u64::from(directory.segments) != name.step {
+                let found = u64::from(directory.segments);
+                return Err(Corrupt::mismatch("segments", 0, found, name.step));
+            }
+            if directory.range(MergedSection::Names).is_none() {
+                return Ok(Ok(None));
+            }
+            let mut wanted = vec![MergedSection::Segments, MergedSection::Names];
+            wanted.extend(with_relations.then_some(MergedSection::Relations));
+            let (mut stored, mut needed) = (Vec::new(), None);
+            for section in wanted {
+                match directory.in_tail(section, tail, size) {
+                    Ok(found) => stored.push(found.to_vec()),
+                    Err(bytes) => needed = needed.max(Some(bytes)),
+                }
+            }
+            Ok(needed.map_or(Ok(Some((directory, stored))), Err))
+        });
+        let damaged = |e: Corrupt| {
+            tracing::warn!("{path} is damaged, reading the segments instead: {e}");
+            None
+        };
+        let (directory, stored) = match read.await {
+            Ok(Ok(Some(found))) => found,
+            Ok(Ok(None)) => return Ok(None),
+            Ok(Err(e)) => return Ok(damaged(e)),
+            Err(e) if e.is_not_found() || e.is_bad_object() => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let decode = move || -> Result<Option<Merged>, Corrupt> {
+            let [segments, names, relations @ ..] = stored.as_slice() else { return Ok(None) };
+            let relations = relations.first().map(|stored| directory.read_relations(stored));
+            let (segments, relations) =
+                (directory.read_segments(segments)?, relations.transpose()?.unwrap_or_default());
+            Ok(directory.read_names(names)?.map(|log| Merged { segments, relations, log }))
+        };
+        let decoded = tokio::task::spawn_blocking(decode).await.expect("decoding does not panic");
+        Ok(decoded.unwrap_or_else(damaged))
+    }
+
+    /// What a merged index says of the steps that are open; none where it was made of other copies, or does not tell all.
+    fn part(&self, merged: Merged, open: &BTreeMap<SegmentName, usize>) -> Option<Part> {
+        let Merged { segments, relations, mut log } = merged;
+        let places = segments.iter().enumerate();
+        let ours = places.filter_map(|(at, s)| Some((at, s, *open.get(&s.info.name)?))).collect::<Vec<_>>();
+        let ((first, _, begin), (last, _, end)) = (ours.first()?, ours.last()?);
+        let is_same = |(at, segment, number): &(usize, &MergedSegment, usize)| {
+            let in_order = number.checked_sub(*begin) == at.checked_sub(*first);
+            in_order && self.steps.get(*number).is_some_and(|step| segment.is_of(step.entry))
+        };
+        let covered = segments.get(*first..=*last)?;
+        if ours.len() != covered.len() || !ours.iter().all(is_same) || self.is_moved(covered, &relations) {
+            return None;
+        }
+        // Its edges are not those of what is wanted of it.
+        if *first > 0 {
+            log.head = None;
+        }
+        if last.saturating_add(1) < segments.len() {
+            log.tail = None;
+        }
+        Some(Part { steps: *begin..end.saturating_add(1), log, merged: covered.to_vec() })
+    }
+
+    /// Whether segments may touch catalogues in files that a merged index takes for others.
+    fn is_moved(&self, segments: &[MergedSegment], relations: &[RelationSegments]) -> bool {
+        let moved: HashSet<_> = self.files.moved().map(|(file, _)| file).collect();
+        // What runs over an edge and was joined nowhere is in no list of relations.
+        let unjoined = |pair: &[MergedSegment]| match pair {
+            [a, b] => a.info.pending.is_some_and(|p| !p.joined) && !b.info.head_joined,
+            _ => false,
+        };
+        let touched = relations.iter().any(|r| moved.contains(&r.relation));
+        !moved.is_empty() && (touched || segments.windows(2).any(unjoined))
+    }
+}
+
+impl Part {
+    fn none(step: usize) -> Self {
+        Self { steps: step..step.saturating_add(1), log: NamesLog::default(), merged: Vec::new() }
+    }
+}
+
+/// Whether an object tells more of what is wanted than one of the step below would.
+fn worth_it(name: &MergedName, open: &BTreeMap<SegmentName, usize>) -> bool {
+    let below = name.step.checked_div(OBJECTS_BELOW).unwrap_or(1);
+    open.range(name.first..=name.last).count() as u64 > below
+}
