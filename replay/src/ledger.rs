@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use waltide_format::TimestampTz;
 use waltide_format::archive::{Envelope, LedgerRecord, LedgerUnit, ObjectKind, SystemLayout};
-use waltide_storage::{Archive, StorageError};
+use waltide_storage::{Archive, Put, StorageError};
 
 /// No record is larger.
 const RECORD_BYTES_MAX: u64 = 16 << 20;
@@ -35,16 +35,23 @@ impl Ledger {
         as_thorough.flat_map(|r| r.units.iter().map(|u| (u.name.as_str(), r.started))).collect()
     }
 
-    /// Writes what a run has looked at; where its record lies.
+    /// Writes what a run has looked at, under a name that no other run has: it is added to the record's, if another
+    /// began in the same second. Where the record lies.
     pub(crate) async fn write(
         archive: &Archive,
         names: &SystemLayout,
-        record: &LedgerRecord,
-    ) -> Result<String, StorageError> {
-        let path = format!("{}/{}", names.ledger(), record.id);
-        let bytes = Envelope::seal_json(ObjectKind::Json, record);
-        archive.put_new(&path, bytes.into()).await?;
-        Ok(path)
+        record: &mut LedgerRecord,
+    ) -> Result<Option<String>, StorageError> {
+        let wanted = record.id.clone();
+        for n in 1u32..=u32::MAX {
+            let path = format!("{}/{}", names.ledger(), record.id);
+            let bytes = Envelope::seal_json(ObjectKind::Json, record);
+            if archive.put_new(&path, bytes.into()).await? == Put::Created {
+                return Ok(Some(path));
+            }
+            record.id = format!("{wanted}-{n}");
+        }
+        Ok(None)
     }
 
     /// Removes the records that [`superseded`] names. `newest` is the one just written.

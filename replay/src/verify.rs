@@ -215,9 +215,9 @@ impl Verify<'_> {
         let seconds = begun.elapsed().as_secs_f64();
         let mut notes = if self.backup.is_none() && complete { run.notes() } else { Vec::new() };
         let id = format!("{}-{}", now.compact(), std::process::id());
-        let record = LedgerRecord { id, started: now, seconds, quick: self.quick, units: done };
-        let path = match Ledger::write(self.archive, &run.names, &record).await {
-            Ok(path) => Some(path),
+        let mut record = LedgerRecord { id, started: now, seconds, quick: self.quick, units: done };
+        let path = match Ledger::write(self.archive, &run.names, &mut record).await {
+            Ok(path) => path,
             Err(e) => {
                 notes.push(format!("the ledger could not be written: {e}"));
                 None

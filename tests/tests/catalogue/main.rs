@@ -10,7 +10,7 @@ use sample::{Sample, hour, later, segment_name};
 use waltide_archiver::catalog::load;
 use waltide_archiver::prune::{Pruning, keep};
 use waltide_archiver::retention::Policy;
-use waltide_format::archive::{Envelope, Keep, Layout, ObjectKind, SystemInfo};
+use waltide_format::archive::{Envelope, Keep, Layout, LedgerRecord, ObjectKind, SystemInfo};
 use waltide_format::{BackupId, WalFileName};
 use waltide_replay::{FaultKind, Verify};
 use waltide_storage::{Archive, CatalogueCache, Faults, NoProgress};
@@ -215,10 +215,32 @@ async fn what_was_never_verified_comes_first() {
     let ledger = verify.run(hour(102)).await.unwrap().ledger.unwrap();
     assert_ne!(path, ledger);
     let bytes = sample.archive.get(&ledger, 1 << 20).await.unwrap();
-    let record: waltide_format::archive::LedgerRecord =
-        Envelope::open_json(&bytes, ObjectKind::Json).unwrap();
+    let record: LedgerRecord = Envelope::open_json(&bytes, ObjectKind::Json).unwrap();
     let new = format!("backup/{}", BackupId::new(hour(5), 5));
     assert_eq!((record.units.len(), record.units[0].name.as_str()), (6, new.as_str()));
+}
+
+#[tokio::test]
+async fn every_verification_of_one_second_has_a_record_of_its_own() {
+    let sample = Sample::new().await;
+    let catalog = sample.catalog().await;
+    let mut paths = Vec::new();
+    for n in 0..3 {
+        let verify = Verify { quick: n == 1, ..sample.whole(&catalog) };
+        let found = verify.run(hour(100)).await.unwrap();
+        let path = found.ledger.unwrap();
+        let bytes = sample.archive.get(&path, 1 << 20).await.unwrap();
+        let record: LedgerRecord = Envelope::open_json(&bytes, ObjectKind::Json).unwrap();
+        assert_eq!(record.quick, n == 1, "{path} is another's");
+        assert!(path.ends_with(&format!("/{}", record.id)), "{path} calls itself {}", record.id);
+        assert!(!paths.contains(&path), "{path} is there twice");
+        paths.push(path);
+    }
+    let mut listed: Vec<_> =
+        sample.archive.list(&sample.names().ledger()).await.unwrap().into_iter().map(|o| o.path).collect();
+    listed.sort();
+    paths.sort();
+    assert_eq!(listed, paths);
 }
 
 #[tokio::test]
