@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use waltide_format::engines::postgres::scan::{ScanContext, scan_segment};
+use waltide_format::{Lsn, SegmentName, SegmentSize};
 use waltide_tests::site::text;
 use waltide_tests::workload::Journal;
 use waltide_tests::{Cluster, Site, StopMode};
@@ -236,6 +238,68 @@ fn of_racing_pushes_of_two_logs_one_at_least_is_refused_and_names_both() {
 }
 
 #[test]
+fn a_segment_that_does_not_fit_its_archived_neighbour_is_told_with_the_lsn_at_which_the_logs_part() {
+    let twins = Twins::new("parting");
+    let own = |of: usize, name: &str| twins.clusters[of].data_dir().join("pg_wal").join(name);
+    let names = twins.clusters[0].wal_file_names();
+    let from = names.iter().position(|n| *n == twins.first).unwrap();
+    let size = SegmentSize::new(1 << 20).unwrap();
+    // The first byte at which the files differ; records are told by their first.
+    let mut parts = None;
+    for (n, name) in names.iter().enumerate().skip(from) {
+        let (a, b) = (twins.wal(0, name), twins.wal(1, name));
+        if let Some(at) = a.iter().zip(&b).position(|(x, y)| x != y) {
+            let name: SegmentName = name.parse().unwrap();
+            parts = Some((n, name.start(size).unwrap().get() + at as u64));
+            break;
+        }
+    }
+    let (parting, differs) = parts.expect("they are not one log");
+    let told = |path: &Path| {
+        let text = twins.site.waltide.fails(1, ["push", text(path)]).stderr;
+        let part = text.split("; they part ").nth(1).unwrap_or_else(|| panic!("{text}")).to_owned();
+        let mut words = part.split([' ', ';']);
+        let mut lsn = || words.by_ref().find_map(|w| w.parse::<Lsn>().ok()).unwrap().get();
+        (part.clone(), lsn())
+    };
+    // A record's checksum differs where it does, 24 bytes behind its start at the most, or a page's header more.
+    let is_there = |lsn: u64| lsn <= differs && differs < lsn + 64;
+
+    // The first edge behind that which tells them apart: as long as records only differ in what they hold, any fits.
+    let info = |of: usize, n: usize| {
+        let context = ScanContext::new(names[n].parse().unwrap(), size);
+        scan_segment(&twins.wal(of, &names[n]), &context).unwrap().index.info
+    };
+    let edge = (parting + 1..names.len() - 1).find(|n| info(0, *n).last_record != info(1, n + 1).first_prev);
+    let edge = edge.expect("they are told apart somewhere");
+    // The archive has the one's log up to there, and lacks the segment before that in which they part.
+    let push = |n: usize| twins.site.waltide.ok(["push", text(&own(0, &names[n]))]);
+    for n in parting..=edge {
+        push(n);
+    }
+    let (part, lsn) = told(&own(1, &names[edge + 1]));
+    assert!(part.starts_with("at ") && part.contains(" or before; "), "{part}");
+    assert!(is_there(lsn), "{part}: {differs:X}");
+    // Once it has that too, it is known that they are one before.
+    push(parting - 1);
+    let (part, lsn) = told(&own(1, &names[edge + 1]));
+    assert!(part.starts_with("at ") && !part.contains(" or before"), "{part}");
+    assert!(is_there(lsn), "{part}: {differs:X}");
+    // Alone in a directory the segment says only where they are not the same any more.
+    let (part, lsn) = told(&twins.file(&names[edge + 1], &twins.wal(1, &names[edge + 1])));
+    assert!(part.contains(" or before; ") && lsn >= differs, "{part}");
+
+    // In front of a hole: what they have in common ends where it begins.
+    push(edge + 1);
+    for gone in &names[parting..=edge] {
+        fs::remove_file(twins.site.object(&twins.clusters[0], gone)).unwrap();
+    }
+    let (part, lsn) = told(&own(1, &names[edge]));
+    let start = names[parting].parse::<SegmentName>().unwrap().start(size).unwrap().get();
+    assert!(part.starts_with("between ") && lsn == start, "{part}");
+}
+
+#[test]
 fn two_servers_on_one_timeline_are_told_apart_before_their_segments_mix() {
     let mut twins = Twins::new("one-timeline");
     let command = twins.site.waltide.archive_command();
@@ -268,7 +332,7 @@ fn two_servers_on_one_timeline_are_told_apart_before_their_segments_mix() {
     let next = next.filter(|name| *name <= ahead).expect("the snapshot's server is ahead");
     let refused = object(&one_file(two, &next));
     assert!(refused.contains(&format!("{next} and the archived ")), "{refused}");
-    assert!(refused.contains("are not of one log: "), "{refused}");
+    assert!(refused.contains("are not of one log: ") && refused.contains("; they part at 0/"), "{refused}");
     let stored = site.segments(one);
     let by_two = stored.values().filter_map(|s| s.index.pushed_by.as_ref());
     let by_two = by_two.filter(|by| by.directory == text(two.data_dir())).count();
@@ -330,8 +394,8 @@ fn a_deleted_a_cut_a_swapped_and_a_doubled_segment_are_each_found_and_named() {
     let [a, b] = [names.len() - 4, names.len() - 3].map(|n| names[n].clone());
     let [path_a, path_b] = [&a, &b].map(|name| site.object(&cluster, name));
     let [bytes_a, bytes_b] = [&path_a, &path_b].map(|path| fs::read(path).unwrap());
-    let next = names.last().unwrap().parse::<waltide_format::SegmentName>().unwrap();
-    let next = next.next(waltide_format::SegmentSize::new(1 << 20).unwrap()).unwrap();
+    let next = names.last().unwrap().parse::<SegmentName>().unwrap();
+    let next = next.next(SegmentSize::new(1 << 20).unwrap()).unwrap();
     let doubled = site.object(&cluster, &next.to_string());
     // Each as an administrator's slip would do it: the file keeps its owner and mode.
     let overwrite = |path: &Path, bytes: &[u8]| {

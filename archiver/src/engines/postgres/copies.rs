@@ -14,7 +14,9 @@ use waltide_format::engines::postgres::scan::{Agreement, agreement};
 use waltide_format::{Corrupt, SegmentName, TimelineId, WalFileName};
 use waltide_storage::Archive;
 
+use super::parting::Parting;
 use super::push::{OBJECT_BYTES_MAX, PushError, blocking};
+use super::wal_dir::WalDir;
 
 /// Holds the directory and footer of a stored segment of up to 512 MiB.
 const DIRECTORY_BYTES: u64 = 8 << 10;
@@ -163,12 +165,13 @@ impl<'a> Copies<'a> {
         &self,
         name: SegmentName,
         info: &SegmentInfo,
+        dir: &WalDir,
         pushed_by: &PushSource,
     ) -> Result<(), PushError> {
-        let stands_apart = |why: String, object: String, stored_by| {
+        let stands_apart = |why: String, object: String, parting, stored_by| {
             let sources = Sources { pushed_by: pushed_by.clone(), stored_by };
             let name = WalFileName::Segment(name);
-            Err(PushError::AnotherLog { name, object, why, sources: Box::new(sources) })
+            Err(PushError::AnotherLog { name, object, why, parting, sources: Box::new(sources) })
         };
         // What ends inside, or was let in with a fault, says nothing of what follows.
         let is_whole = |i: &SegmentInfo| matches!(i.ending, Ending::Full | Ending::Switch);
@@ -177,16 +180,24 @@ impl<'a> Copies<'a> {
             && is_whole(&found)
             && let Some(why) = continuity_fault(&found, info, None)
         {
-            return stands_apart(why, object, stored_by);
+            let parting = Parting::at_the_edge(&found, info).look(self, dir, before, info.size).await;
+            return stands_apart(why, object, parting, stored_by);
         }
         if let Some(after) = name.next(info.size)
             && is_whole(info)
             && let Some((object, found, stored_by)) = self.summary(after).await?
             && let Some(why) = continuity_fault(info, &found, None)
         {
-            return stands_apart(why, object, stored_by);
+            let parting = Parting::at_the_edge(info, &found).look(self, dir, after, info.size).await;
+            return stands_apart(why, object, parting, stored_by);
         }
         Ok(())
+    }
+
+    /// The object of a segment under its own name, if there is one that can be read.
+    pub(crate) async fn plain(&self, name: SegmentName) -> Option<Bytes> {
+        let object = self.names.wal_file(WalFileName::Segment(name));
+        self.archive.get(&object, OBJECT_BYTES_MAX).await.ok()
     }
 
     /// What the index of an archived segment says first, if that is archived and can be read.

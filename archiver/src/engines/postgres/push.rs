@@ -19,6 +19,7 @@ use waltide_storage::{Archive, Put, StorageError};
 
 use super::admit::{self, Admission, Refusal};
 use super::copies::{Copies, Incoming, Sources, history_difference};
+use super::parting::Parting;
 use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_head, read_whole, read_whole_with};
 use crate::init::{self, InitError, read_json};
 use crate::merged::IdleMerge;
@@ -161,7 +162,7 @@ pub enum PushError {
     },
     /// The archived segment beside this one is of another log.
     #[error(
-        "{name} and the archived {object} are not of one log: {why}; {sources}\nhint: two servers may be archiving the \
+        "{name} and the archived {object} are not of one log: {why}; {parting}; {sources}\nhint: two servers may be archiving the \
          same timeline; stop one of them and compare."
     )]
     AnotherLog {
@@ -171,6 +172,8 @@ pub enum PushError {
         object: String,
         /// What does not fit.
         why: String,
+        /// Where the two logs part.
+        parting: Parting,
         /// Whose they are.
         sources: Box<Sources>,
     },
@@ -436,6 +439,7 @@ impl Shipper {
         let twins = copies.of_twin(name).await?;
         // A `.partial` of which the whole segment holds everything adds nothing.
         let twin_holder = copies.twin_holder(incoming, &twins).await?.filter(|_| partial);
+        let wal_dir = dir.clone();
         let admission = Admission { segment, partial, system: info, history, dir, force: self.0.force_admit };
         let level = self.0.level;
         let packed = {
@@ -470,7 +474,7 @@ impl Shipper {
             return Ok(pushed(holder, Outcome::Contained, 0));
         }
         if is_free && !partial && !self.0.force_admit {
-            copies.check_neighbours(segment, &index.info, &pushed_by).await?;
+            copies.check_neighbours(segment, &index.info, &wal_dir, &pushed_by).await?;
         }
         if let Some(mut gate) = self.0.gate.clone() {
             let passed = gate.wait_for(Option::is_some).await;
