@@ -5,13 +5,10 @@ use std::ops::Range;
 
 use waltide_format::archive::{BlockSet, Manifest, ManifestFile};
 use waltide_format::engines::postgres::changes::{ChangedBlocks, Changes};
-use waltide_format::engines::postgres::cluster::RelationSegment;
-use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, Oid, RelFileLocator};
+use waltide_format::engines::postgres::cluster::{GLOBAL_TABLESPACE, RelationSegment};
+use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
 
 use super::files::SourceFile;
-
-/// `DEFAULTTABLESPACE_OID`: what lies below `base`.
-const DEFAULT_TABLESPACE: Oid = 1663;
 
 /// What of a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,8 +87,7 @@ fn blocks_of<'a>(
     changed: &'a ChangedBlocks,
     segment_blocks: u32,
 ) -> Option<Wanted<'a>> {
-    let segment = file.relation?;
-    let relation = locate(&file.path, segment)?;
+    let (relation, segment) = locate(&file.path)?;
     if !matches!(segment.fork, ForkNumber::Main | ForkNumber::Vm) {
         return None;
     }
@@ -111,29 +107,15 @@ fn blocks_of<'a>(
 }
 
 /// Which relation a file of a database is part of. Shared relations, which are few and small, have none.
-fn locate(path: &str, segment: RelationSegment) -> Option<RelFileLocator> {
-    let mut parts = path.split('/');
-    let (spc_oid, db_oid) = match parts.next()? {
-        "base" => (DEFAULT_TABLESPACE, parts.next()?),
-        "pg_tblspc" => {
-            let spc_oid = parts.next()?.parse().ok()?;
-            parts.next()?;
-            (spc_oid, parts.next()?)
-        }
-        _ => return None,
-    };
-    let db_oid = db_oid.parse().ok()?;
-    parts.next()?;
-    parts.next().is_none().then_some(RelFileLocator { spc_oid, db_oid, rel_number: segment.number })
+fn locate(path: &str) -> Option<(RelFileLocator, RelationSegment)> {
+    RelationSegment::locate(path).filter(|(relation, _)| relation.spc_oid != GLOBAL_TABLESPACE)
 }
 
 /// Pages that the parent has as they were, damaged, are read again. The parent names each as `path:block`.
 pub(super) fn touch_damaged(parent: &Manifest, changed: &mut ChangedBlocks, segment_blocks: u32) {
     for page in &parent.damaged_pages {
         let Some((path, block)) = page.rsplit_once(':') else { continue };
-        let name = path.rsplit('/').next().unwrap_or_default();
-        let Some(segment) = RelationSegment::parse(name) else { continue };
-        let Some(relation) = locate(path, segment) else { continue };
+        let Some((relation, segment)) = locate(path) else { continue };
         let base = segment.segment.checked_mul(segment_blocks);
         let Some(block) = base.zip(block.parse().ok()).and_then(|(base, block)| base.checked_add(block))
         else {
@@ -199,10 +181,7 @@ mod tests {
 
     #[test]
     fn a_file_is_part_of_the_relation_its_path_says() {
-        let find = |path: &str| {
-            let name = path.rsplit('/').next().unwrap();
-            locate(path, RelationSegment::parse(name)?).map(|r| (r.spc_oid, r.db_oid, r.rel_number))
-        };
+        let find = |path: &str| locate(path).map(|(r, _)| (r.spc_oid, r.db_oid, r.rel_number));
         assert_eq!(find("base/5/1259"), Some((1663, 5, 1259)));
         assert_eq!(find("base/5/1259_vm.2"), Some((1663, 5, 1259)));
         assert_eq!(find("pg_tblspc/16400/PG_15_202209061/5/77.1"), Some((16400, 5, 77)));

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::runtime::Handle;
 use waltide_format::archive::{BackupKind, BackupMethod, Layout, Manifest, ManifestFile, ManifestStats};
-use waltide_format::engines::postgres::cluster::{BackupLabel, LabelError};
+use waltide_format::engines::postgres::cluster::{BackupLabel, LabelError, version_directory};
 use waltide_format::{BLOCK_BYTES, BackupId, Lsn, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
@@ -241,7 +241,7 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
     };
 
     let rule = PageRule { start_lsn, segment_blocks: control.relation_file_blocks };
-    let version_directory = format!("PG_{}_{}", control.major, control.catalog_version);
+    let version_directory = version_directory(control.major, control.catalog_version);
     let pages = control.has_data_checksums().then_some(rule);
     let (base, full_because) = match base {
         Ok(base) => (Some(Arc::new(Against { base, segment_blocks: rule.segment_blocks })), None),

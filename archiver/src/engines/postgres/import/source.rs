@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use waltide_format::Oid;
 use waltide_format::archive::{ManifestDirectory, Tablespace};
-use waltide_format::engines::postgres::cluster::{ControlFile, RelationSegment, parse_tablespace_map};
+use waltide_format::engines::postgres::cluster::{
+    ControlFile, RelationSegment, parse_tablespace_map, version_directory,
+};
 
 use super::super::control::read_version;
 use super::super::files::{CONTROL_FILE, Scan, SourceFile, is_left_out, scan};
@@ -63,7 +65,7 @@ impl Source {
         let major = read_version(dir)?;
         let control =
             parse_control(&dir.join(CONTROL_FILE), &read_file(&dir.join(CONTROL_FILE), TEXT_BYTES_MAX)?)?;
-        let scan = scan(dir, major, &version_directory(&control))?;
+        let scan = scan(dir, major, &version_directory(control.major, control.catalog_version))?;
         let mut notes = Vec::new();
         for name in ["backup_label", "tablespace_map"] {
             let source = dir.join(name);
@@ -144,11 +146,6 @@ impl Source {
         };
         Ok(Self { scan, control, notes, label, tablespace_map, manifest, wal })
     }
-}
-
-/// What a server of this version calls its directory in a tablespace.
-pub(super) fn version_directory(control: &ControlFile) -> String {
-    format!("PG_{}_{}", control.major, control.catalog_version)
 }
 
 fn parse_control(path: &Path, bytes: &[u8]) -> Result<ControlFile, ImportError> {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::engines::postgres::wal::Checkpoint;
+use crate::engines::postgres::wal::{Checkpoint, ParameterChange};
 use crate::error::Corrupt;
 use crate::ids::{Lsn, PgMajor, SystemId, TimelineId};
 use crate::reader::Reader;
@@ -266,6 +266,61 @@ impl ControlFile {
     }
 }
 
+/// What pg_control says of a cluster whose files were brought to a checkpoint's redo point without a server.
+#[derive(Debug, Clone, Copy)]
+pub struct HandOver<'a> {
+    /// Start of the checkpoint's record.
+    pub checkpoint: Lsn,
+    /// The checkpoint as its record has it.
+    pub checkpoint_bytes: &'a [u8; Checkpoint::BYTES],
+    /// Its redo point: what the files are.
+    pub redo: Lsn,
+    /// The timeline that holds the redo point.
+    pub timeline: TimelineId,
+    /// The last change of settings before the redo point.
+    pub settings: Option<ParameterChange>,
+}
+
+impl HandOver<'_> {
+    /// Rewrites a pg_control in the form that pg_rewind leaves it in: recovery goes on from the checkpoint, and the
+    /// cluster is consistent from its redo point on. `file` is a pg_control that was decoded.
+    pub fn rewrite(&self, file: &[u8], major: PgMajor) -> Result<Vec<u8>, ControlError> {
+        let mut out = file.to_vec();
+        let mut put = |at: usize, bytes: &[u8]| {
+            let end = at.saturating_add(bytes.len());
+            let place =
+                out.get_mut(at..end).ok_or(Corrupt::invalid("pg_control", at as u64, file.len() as u64));
+            place.map(|place| place.copy_from_slice(bytes))
+        };
+        // state: DB_SHUTDOWNED_IN_RECOVERY
+        put(16, &2u32.to_le_bytes())?;
+        put(32, &self.checkpoint.get().to_le_bytes())?;
+        put(ControlFile::CHECKPOINT_OFFSET, self.checkpoint_bytes)?;
+        put(136, &self.redo.get().to_le_bytes())?;
+        put(144, &self.timeline.get().to_le_bytes())?;
+        // backupStartPoint, backupEndPoint, backupEndRequired
+        put(152, &[0; 17])?;
+        if let Some(settings) = &self.settings {
+            put(172, &settings.wal_level.to_le_bytes())?;
+            put(176, &[u8::from(settings.wal_log_hints)])?;
+            put(180, &settings.max_connections.to_le_bytes())?;
+            put(184, &settings.max_worker_processes.to_le_bytes())?;
+            put(188, &settings.max_wal_senders.to_le_bytes())?;
+            put(192, &settings.max_prepared_xacts.to_le_bytes())?;
+            put(196, &settings.max_locks_per_xact.to_le_bytes())?;
+            put(200, &[u8::from(settings.track_commit_timestamp)])?;
+        }
+        let at = crc_offset(major);
+        let crc = out.get(..at).map(crc32c::crc32c).unwrap_or_default();
+        let end = at.saturating_add(4);
+        let place =
+            out.get_mut(at..end).ok_or(Corrupt::invalid("pg_control", at as u64, file.len() as u64))?;
+        place.copy_from_slice(&crc.to_le_bytes());
+        ControlFile::decode(&out)?;
+        Ok(out)
+    }
+}
+
 /// Takes a `bool` and the padding behind it.
 fn read_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, Corrupt> {
     let at = r.position();
@@ -351,5 +406,39 @@ mod tests {
             err.to_string(),
             "pg_control version 1200 with catalog version 202209061 is not of PostgreSQL 13 to 18"
         );
+    }
+
+    #[test]
+    fn a_cluster_is_handed_over_at_a_checkpoint() {
+        for (major, _) in PgMajor::ALL {
+            let before = file(major);
+            let copy = *ControlFile::checkpoint_bytes(&before).unwrap();
+            let settings = ParameterChange {
+                max_connections: 11,
+                max_worker_processes: 12,
+                max_wal_senders: 13,
+                max_prepared_xacts: 14,
+                max_locks_per_xact: 15,
+                wal_level: 2,
+                wal_log_hints: true,
+                track_commit_timestamp: true,
+            };
+            let over = HandOver {
+                checkpoint: Lsn::from(0x300_0060),
+                checkpoint_bytes: &copy,
+                redo: Lsn::from(0x300_0028),
+                timeline: TimelineId::FIRST,
+                settings: Some(settings),
+            };
+            let c = ControlFile::decode(&over.rewrite(&before, major).unwrap()).unwrap();
+            assert_eq!((c.state, c.checkpoint), (ClusterState::ShutDownInRecovery, over.checkpoint));
+            assert_eq!((c.min_recovery_point, c.min_recovery_timeline), (over.redo, Some(over.timeline)));
+            assert_eq!((c.backup_start, c.backup_end, c.backup_end_required), (Lsn::ZERO, Lsn::ZERO, false));
+            let s = c.settings;
+            assert_eq!((s.max_connections, s.max_worker_processes, s.max_wal_senders), (11, 12, 13));
+            assert_eq!((s.max_prepared_xacts, s.max_locks_per_xact, s.wal_level), (14, 15, 2));
+            assert!(s.wal_log_hints && s.track_commit_timestamp);
+            assert!(over.rewrite(&before[..100], major).is_err());
+        }
     }
 }

@@ -1,6 +1,28 @@
 //! The names of relations' files.
 
-use crate::ids::{ForkNumber, Oid};
+use crate::ids::{ForkNumber, Oid, PgMajor, RelFileLocator};
+
+/// `DEFAULTTABLESPACE_OID`: what lies below `base`.
+pub const DEFAULT_TABLESPACE: Oid = 1663;
+/// `GLOBALTABLESPACE_OID`: what lies in `global`.
+pub const GLOBAL_TABLESPACE: Oid = 1664;
+
+/// The directory that a server has in a tablespace: `TABLESPACE_VERSION_DIRECTORY`.
+pub fn version_directory(major: PgMajor, catalog_version: u32) -> String {
+    format!("PG_{major}_{catalog_version}")
+}
+
+/// Where below a data directory a segment of a relation's fork lies; `version` is the [`version_directory`].
+pub fn relation_path(relation: RelFileLocator, fork: ForkNumber, segment: u32, version: &str) -> String {
+    let RelFileLocator { spc_oid, db_oid, rel_number } = relation;
+    let directory = match spc_oid {
+        GLOBAL_TABLESPACE => "global".to_owned(),
+        DEFAULT_TABLESPACE => format!("base/{db_oid}"),
+        _ => format!("pg_tblspc/{spc_oid}/{version}/{db_oid}"),
+    };
+    let part = if segment == 0 { String::new() } else { format!(".{segment}") };
+    format!("{directory}/{rel_number}{}{part}", fork.suffix())
+}
 
 /// The name of a relation's file: of which fork, and which segment of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +60,19 @@ impl RelationSegment {
         let (fork, digits) = fork.unwrap_or((ForkNumber::Main, name));
         Some(Self { number: number(digits)?, fork, segment, temporary })
     }
+
+    /// Reads the path of a relation's file below a data directory; `None` for any other file.
+    pub fn locate(path: &str) -> Option<(RelFileLocator, Self)> {
+        let parts: Vec<&str> = path.split('/').collect();
+        let (spc_oid, db_oid, name) = match parts.as_slice() {
+            ["global", name] => (GLOBAL_TABLESPACE, 0, name),
+            ["base", db_oid, name] => (DEFAULT_TABLESPACE, db_oid.parse().ok()?, name),
+            ["pg_tblspc", spc_oid, _, db_oid, name] => (spc_oid.parse().ok()?, db_oid.parse().ok()?, name),
+            _ => return None,
+        };
+        let segment = Self::parse(name)?;
+        Some((RelFileLocator { spc_oid, db_oid, rel_number: segment.number }, segment))
+    }
 }
 
 #[cfg(test)]
@@ -65,6 +100,31 @@ mod tests {
             ("pg_filenode.map", None),
         ] {
             assert_eq!(RelationSegment::parse(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_relations_path_leads_back_to_it() {
+        let version = version_directory(PgMajor::V15, 202_209_061);
+        for (spc_oid, db_oid) in [(GLOBAL_TABLESPACE, 0), (DEFAULT_TABLESPACE, 5), (16400, 5)] {
+            let relation = RelFileLocator { spc_oid, db_oid, rel_number: 1259 };
+            for (fork, segment) in [(ForkNumber::Main, 0), (ForkNumber::Vm, 1), (ForkNumber::Init, 0)] {
+                let path = relation_path(relation, fork, segment, &version);
+                let (found, part) = RelationSegment::locate(&path).unwrap();
+                assert_eq!((found, part.fork, part.segment), (relation, fork, segment), "{path}");
+            }
+        }
+        assert_eq!(
+            relation_path(
+                RelFileLocator { spc_oid: 16400, db_oid: 5, rel_number: 7 },
+                ForkNumber::Vm,
+                2,
+                &version
+            ),
+            "pg_tblspc/16400/PG_15_202209061/5/7_vm.2"
+        );
+        for path in ["base/5/PG_VERSION", "pg_xact/0000", "base/x/5", "global/pg_control", "base/5/6/7"] {
+            assert_eq!(RelationSegment::locate(path), None, "{path}");
         }
     }
 }
