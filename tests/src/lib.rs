@@ -5,6 +5,7 @@
 //! `WALTIDE_PG_BIN` names another PostgreSQL than Debian's version 15.
 
 mod error;
+pub mod load;
 pub mod oracle;
 pub mod pages;
 mod postgres;

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use waltide_tests::Cluster;
+use waltide_tests::load::{self, Chance};
 
-use crate::load::{self, Chance};
 use crate::site::{Site, number};
 
 /// A full and `links` backups on it, while chance and pgbench work on the cluster; then the older ones go, and the last

@@ -1,7 +1,6 @@
 //! Incremental and differential backups of real clusters: what they read, what they refer to, what they come back as.
 
 mod chain;
-mod load;
 mod map;
 mod reasons;
 mod site;

@@ -3,16 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use waltide_archiver::catalog::load;
+use waltide_archiver::catalog;
 use waltide_archiver::engines::postgres::backup::changed_blocks;
 use waltide_format::archive::{Layout, Lineage};
 use waltide_format::engines::postgres::changes::{ChangedBlocks, Changes};
 use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, ForkNumber, Lsn, RelFileLocator, TimelineId};
 use waltide_storage::{Archive, ArchiveUrl};
+use waltide_tests::load::{self, Chance};
 use waltide_tests::{Cluster, pages};
 
-use crate::load::{self, Chance};
 use crate::site::Site;
 
 const RELATION_FILE_BLOCKS: u32 = 131_072;
@@ -36,7 +36,7 @@ async fn changed(site: &Site, from: Lsn, until: Lsn) -> ChangedBlocks {
     let url: ArchiveUrl = site.archive.to_str().unwrap().parse().unwrap();
     let archive = Archive::open(&url).await.unwrap();
     let layout = Layout::new("main").unwrap();
-    let catalog = load(&archive, &layout, None, None, 2).await.unwrap();
+    let catalog = catalog::load(&archive, &layout, None, None, 2).await.unwrap();
     let run = catalog.run(&Lineage::root(TimelineId::FIRST), from);
     let steps: Vec<_> = run.steps.into_iter().take_while(|step| step.start() < until).collect();
     assert!(steps.last().unwrap().usable_end >= until);

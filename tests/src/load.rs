@@ -1,20 +1,23 @@
 //! Work drawn by chance that touches files in every way there is: pages, forks, relations, databases, tablespaces.
 
-use waltide_tests::Cluster;
+use crate::Cluster;
 
 /// A source of chance that repeats itself from its seed.
-pub(crate) struct Chance(u64);
+#[derive(Debug)]
+pub struct Chance(u64);
 
 impl Chance {
     /// From `SEED` in the environment, else from the clock; says which, so that a run can be repeated.
-    pub(crate) fn new() -> Self {
+    #[allow(clippy::new_without_default)] // it says what it made
+    pub fn new() -> Self {
         let now = || std::time::UNIX_EPOCH.elapsed().expect("after 1970").subsec_nanos().into();
         let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(now);
         eprintln!("SEED={seed}");
         Self(seed)
     }
 
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
+    /// A number from zero to before `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -22,16 +25,17 @@ impl Chance {
         (z ^ (z >> 31)) % n
     }
 
-    pub(crate) fn of<'a>(&mut self, words: &[&'a str]) -> &'a str {
+    /// One of them.
+    pub fn of<'a>(&mut self, words: &[&'a str]) -> &'a str {
         words[usize::try_from(self.below(words.len() as u64)).unwrap()]
     }
 }
 
 /// What the load needs of the server.
-pub(crate) const SETTINGS: &[(&str, &str)] = &[("max_prepared_transactions", "10")];
+pub const SETTINGS: &[(&str, &str)] = &[("max_prepared_transactions", "10")];
 
 /// The tables, indexes of every kind, databases and tablespaces that the load works on.
-pub(crate) fn prepare(cluster: &Cluster) {
+pub fn prepare(cluster: &Cluster) {
     for space in ["one", "two"] {
         cluster.create_tablespace(space);
     }
@@ -58,7 +62,7 @@ pub(crate) fn prepare(cluster: &Cluster) {
 }
 
 /// Does one thing drawn by chance.
-pub(crate) fn step(cluster: &Cluster, chance: &mut Chance) {
+pub fn step(cluster: &Cluster, chance: &mut Chance) {
     let n = chance.below(97);
     let space = chance.of(&["pg_default", "one", "two"]);
     let run = |text: &str| {
