@@ -424,16 +424,21 @@ impl Page {
     /// Makes line pointers of a heap page redirected, dead and unused, and moves what is left together.
     pub(super) fn repair_fragmentation(&mut self) -> Result<(), Corrupt> {
         self.check_items()?;
-        let mut unused = false;
+        let (mut unused, mut used) = (0u16, 0u16);
         for number in 1..=self.items() {
             let pointer = self.line_pointer(number)?;
             if pointer.state == State::Unused {
                 self.set_line_pointer(number, LinePointer::UNUSED)?;
-                unused = true;
+                unused = unused.saturating_add(1);
+            } else {
+                used = number;
             }
         }
         self.compact()?;
-        self.set_flag(PD_HAS_FREE_LINES, unused);
+        // Those behind the last one in use go.
+        unused = unused.saturating_sub(self.items().saturating_sub(used));
+        self.set_lower(Self::line_pointer_at(used.saturating_add(1)));
+        self.set_flag(PD_HAS_FREE_LINES, unused > 0);
         Ok(())
     }
 
@@ -513,4 +518,32 @@ pub(super) fn tid(block: BlockNumber, number: u16) -> [u8; 6] {
     let [c, d] = (block as u16).to_le_bytes();
     let [e, f] = number.to_le_bytes();
     [a, b, c, d, e, f]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pruning_takes_away_the_unused_line_pointers_at_the_end() {
+        let mut page = Page::default();
+        page.init(0);
+        for number in 1..=5 {
+            page.put_heap_item(number, &[u8::try_from(number).unwrap(); 40]).unwrap();
+        }
+        for number in [2, 4, 5] {
+            page.set_line_pointer(number, LinePointer::UNUSED).unwrap();
+        }
+        page.repair_fragmentation().unwrap();
+        assert_eq!((page.items(), page.upper()), (3, BLOCK_BYTES - 2 * 40));
+        assert_eq!((page.item(1).unwrap(), page.item(3).unwrap()), (&[1; 40][..], &[3; 40][..]));
+        assert_eq!(page.u16(FLAGS) & PD_HAS_FREE_LINES, PD_HAS_FREE_LINES);
+        // The one between goes with the last in use.
+        page.set_line_pointer(3, LinePointer::UNUSED).unwrap();
+        page.repair_fragmentation().unwrap();
+        assert_eq!((page.items(), page.u16(FLAGS) & PD_HAS_FREE_LINES), (1, 0));
+        page.set_line_pointer(1, LinePointer::UNUSED).unwrap();
+        page.repair_fragmentation().unwrap();
+        assert_eq!((page.items(), page.upper()), (0, BLOCK_BYTES));
+    }
 }
