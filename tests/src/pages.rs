@@ -28,12 +28,14 @@ use waltide_format::{BLOCK_BYTES, ForkNumber};
 /// One page.
 pub type Page = [u8; BLOCK_BYTES];
 
+/// Directories of which every byte counts.
+const NOT_RELATIONS: [&str; 4] = ["pg_xact", "pg_multixact", "pg_commit_ts", "pg_twophase"];
 const HEADER: usize = 24;
 const LP_UNUSED: u32 = 0;
 const LP_NORMAL: u32 = 1;
 
 /// Compares the data files below two data directories, tablespaces included, and the commit logs. Says how many pages
-/// were compared and which differ, each with the first byte that does.
+/// were compared and which differ, each with the first byte that does. Commit logs and their like count byte by byte.
 pub fn compare(one: &Path, other: &Path) -> (usize, Vec<String>) {
     let (one, other) = (relation_files(one), relation_files(other));
     let mut names: Vec<&String> = one.keys().chain(other.keys()).collect();
@@ -76,13 +78,21 @@ pub fn page_at(bytes: &[u8], block: usize) -> Page {
     page
 }
 
-/// Relations' files but free space maps, and those of the commit and multixact logs, by path.
+/// Relations' files but free space maps, and those of the commit logs, multixacts, commit times and prepared
+/// transactions, by path.
 pub fn relation_files(data_dir: &Path) -> BTreeMap<String, PathBuf> {
     let mut files = BTreeMap::new();
-    let mut dirs = vec!["global", "pg_xact", "pg_multixact/offsets", "pg_multixact/members"]
-        .into_iter()
-        .map(str::to_owned)
-        .collect::<Vec<_>>();
+    let mut dirs = vec![
+        "global",
+        "pg_xact",
+        "pg_multixact/offsets",
+        "pg_multixact/members",
+        "pg_commit_ts",
+        "pg_twophase",
+    ]
+    .into_iter()
+    .map(str::to_owned)
+    .collect::<Vec<_>>();
     dirs.extend(below(data_dir, "base"));
     for space in below(data_dir, "pg_tblspc") {
         for version in below(data_dir, &space) {
@@ -95,7 +105,7 @@ pub fn relation_files(data_dir: &Path) -> BTreeMap<String, PathBuf> {
             let name = entry.file_name().into_string().expect("PostgreSQL's names are ASCII");
             let relation = RelationSegment::parse(&name);
             let wanted = match relation {
-                _ if dir.starts_with("pg_xact") || dir.starts_with("pg_multixact") => true,
+                _ if NOT_RELATIONS.iter().any(|of| dir.starts_with(of)) => true,
                 Some(r) => r.fork != ForkNumber::Fsm && !r.temporary,
                 None => name == "pg_filenode.map" || name == "PG_VERSION",
             };

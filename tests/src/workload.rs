@@ -38,10 +38,16 @@ pub const RMGRS: [&str; 22] = [
 /// [`EVERY_RMGR_SETTINGS`].
 #[track_caller]
 pub fn every_rmgr(cluster: &Cluster) {
-    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sql/every_rmgr.sql");
     let tablespace = cluster.scratch().dir(&format!("{}-every-rmgr", cluster.name()));
-    let tablespace = tablespace.display().to_string();
-    let run = cluster.sql_file_with("postgres", &script, &[("tablespace", &tablespace)]);
+    every_rmgr_with(cluster, &tablespace.display().to_string());
+}
+
+/// The same, with the tablespace at a place of one's own; an empty one lies in the data directory, which the cluster has
+/// to allow (`allow_in_place_tablespaces`).
+#[track_caller]
+pub fn every_rmgr_with(cluster: &Cluster, tablespace: &str) {
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sql/every_rmgr.sql");
+    let run = cluster.sql_file_with("postgres", &script, &[("tablespace", tablespace)]);
     run.unwrap_or_else(|e| panic!("{e}"));
 }
 

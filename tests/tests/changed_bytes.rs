@@ -22,7 +22,7 @@ use waltide_format::archive::{
 use waltide_format::engines::postgres::cluster::ControlFile;
 use waltide_format::{BackupId, WalFileName};
 use waltide_replay::engines::postgres::{
-    ArchivedIndexes, FetchOutcome, FetchRequest, Fetcher, Owner, ReadAhead, Restore, RestoreOptions,
+    ArchivedIndexes, FetchOutcome, FetchRequest, Fetcher, Owner, ReadAhead, Replay, Restore, RestoreOptions,
 };
 use waltide_replay::{Goal, Target, plan};
 use waltide_storage::{Archive, NoProgress, Progress};
@@ -162,6 +162,7 @@ impl Site {
             allow_clear: false,
             delta: false,
             standby: false,
+            replay: Replay::Server(None),
             archive_off: false,
             // The tests may run as root, who starts no server.
             owner: Owner::parse("65534:65534").filter(|_| rustix::process::geteuid().is_root()),

@@ -62,7 +62,7 @@ pub(crate) struct Args {
 }
 
 /// A size in PostgreSQL's units, which are powers of 1024.
-fn size(text: &str) -> Result<u64, String> {
+pub(super) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit: u64 = match text.get(digits.len()..).unwrap_or_default().trim() {
         "" | "B" => 1,

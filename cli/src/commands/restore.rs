@@ -8,14 +8,15 @@ use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind
 use waltide_format::engines::postgres::catalogue::TablePattern;
 use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
 use waltide_replay::engines::postgres::{
-    Actions, ArchivedIndexes, MomentError, Outcome, Owner, Restore, RestoreError, RestoreOptions, Restored,
-    Server, find_moment, made_tablespaces, restore_command,
+    Actions, ArchivedIndexes, MomentError, Outcome, Owner, Replay, ReplayMode, Restore, RestoreError,
+    RestoreOptions, Restored, Server, choose_replay, find_moment, made_tablespaces, restore_command,
 };
 use waltide_replay::{
     Goal, Loss, MomentRequest, Plan, PlanError, Target, TargetAction, TargetTimeline, plan,
 };
 use waltide_storage::Archive;
 
+use super::log::size;
 use crate::context::Context;
 use crate::exit::Failure;
 use crate::output;
@@ -53,6 +54,12 @@ pub(crate) struct Args {
     /// Make it a standby that follows the archive; takes no target
     #[arg(long, conflicts_with = "moment")]
     standby: bool,
+    /// How the WAL is replayed: native as far as possible, native or not at all, or by PostgreSQL alone
+    #[arg(long, value_name = "auto|native|server", default_value = "auto")]
+    replay: ReplayMode,
+    /// So much of the WAL native replay keeps in memory; the rest goes to a file
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
+    memory: u64,
     /// Whether the restored server archives its WAL
     #[arg(long, value_name = "off|preserve", default_value = "preserve", value_parser = ["off", "preserve"])]
     archive_mode: String,
@@ -222,7 +229,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
     })?;
+    let replay = replay(&args, &archive, &catalog, &plan).await?;
     let options = RestoreOptions {
+        replay,
         data_dir: args.data_dir,
         tablespace_map: args.tablespace_map,
         made,
@@ -268,6 +277,27 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
             Err(Failure::message(1, text).hint("look at the server's log before you use this cluster"))
         }
         _ => Ok(()),
+    }
+}
+
+/// How to come to the plan's target; a failure where that is to be native and cannot be.
+async fn replay(args: &Args, archive: &Archive, catalog: &Catalog, plan: &Plan) -> Result<Replay, Failure> {
+    // A standby goes on replaying, and what is to be reached is not known.
+    let mode = if args.standby { ReplayMode::Server } else { args.replay };
+    if args.standby && args.replay == ReplayMode::Native {
+        return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
+    }
+    let memory = usize::try_from(args.memory).unwrap_or(usize::MAX);
+    let chosen = choose_replay(archive, catalog, plan, mode, memory).await.map_err(|e| {
+        let status = if e.is_damage() { 3 } else { 1 };
+        Failure::from(e).status(status)
+    })?;
+    match &chosen {
+        Replay::Server(Some(reason)) if mode == ReplayMode::Native => {
+            Err(Failure::message(1, format!("the WAL cannot be replayed natively: {reason}"))
+                .hint("restore with --replay auto or --replay server"))
+        }
+        _ => Ok(chosen),
     }
 }
 
@@ -333,6 +363,16 @@ fn told(plan: &Plan, restored: &Restored, outcome: Option<&Outcome>) -> String {
         output::duration(restored.seconds),
         restored.data_dir.display()
     ));
+    if let Some(replayed) = &restored.replayed {
+        text.push_str(&format!(
+            "replayed  {} records natively to {}: {} changes kept, {} pages written, in {}\n",
+            replayed.records,
+            replayed.redo,
+            replayed.changes,
+            replayed.pages,
+            output::duration(replayed.scan_seconds + replayed.apply_seconds)
+        ));
+    }
     match outcome {
         None => text.push_str("next      start the server: it recovers to the target by itself\n"),
         Some(outcome) => {

@@ -16,6 +16,7 @@ use waltide_storage::{Archive, Progress};
 
 use super::amcheck::Complaints;
 use super::conf_file::Settings;
+use super::forward::Replay;
 use super::indexes::{ArchivedIndexes, SearchError};
 use super::install::{InstallError, Installation, ServerUser};
 use super::pages::check_pages;
@@ -364,6 +365,7 @@ impl Drill<'_> {
             allow_clear: false,
             delta: false,
             standby: false,
+            replay: Replay::Server(None),
             // The server is given a configuration of our own; this one is only reported.
             archive_off: false,
             owner: user.owner().map(|(uid, gid)| Owner { uid, gid }),

@@ -5,6 +5,7 @@ mod conf_file;
 mod drill;
 mod fetch;
 mod find_moment;
+mod forward;
 mod indexes;
 mod install;
 mod log_names;
@@ -25,6 +26,9 @@ pub(crate) mod verify;
 pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
 pub use find_moment::{MomentError, Searched, find_moment};
+pub use forward::{
+    Forward, ForwardError, Point, Replay, ReplayMode, ReplayPlan, Replayed, Unknown, choose_replay,
+};
 pub use indexes::{ArchivedIndexes, SearchError};
 pub use install::{InstallError, Installation, ServerUser};
 pub use log_names::ArchivedNames;

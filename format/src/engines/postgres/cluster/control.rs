@@ -275,7 +275,7 @@ pub struct HandOver<'a> {
     pub checkpoint_bytes: &'a [u8; Checkpoint::BYTES],
     /// Its redo point: what the files are.
     pub redo: Lsn,
-    /// The timeline that holds the redo point.
+    /// The timeline of the last byte before the redo point.
     pub timeline: TimelineId,
     /// The last change of settings before the redo point.
     pub settings: Option<ParameterChange>,

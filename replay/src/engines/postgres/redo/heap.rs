@@ -511,6 +511,19 @@ pub(super) fn clear_visibility(
     }
 }
 
+/// Clears in a page of the map what it says of the blocks from `heap` on.
+pub(super) fn cut_visibility(heap: BlockNumber, page: &mut Page) -> bool {
+    if page.is_new() {
+        return false;
+    }
+    let (at, shift) = map_place(heap);
+    if let Some((first, rest)) = page.bytes_mut().get_mut(at..).and_then(<[u8]>::split_first_mut) {
+        *first &= 1u8.wrapping_shl(shift).wrapping_sub(1);
+        rest.fill(0);
+    }
+    true
+}
+
 /// The byte of the map's page and the place in it of a heap page's two bits.
 fn map_place(heap: BlockNumber) -> (usize, u32) {
     let within = heap % VM_HEAP_BLOCKS_PER_PAGE;

@@ -154,6 +154,17 @@ pub fn clear_visibility(record: &Record<'_>, relation: RelFileLocator, map: Bloc
     heap::clear_visibility(record, relation, map, page);
 }
 
+/// Clears in a page of a visibility map what it says of the heap's blocks from `heap` on, as cutting the heap does;
+/// whether there was a page. Its `pd_lsn` stays.
+pub fn cut_visibility(heap: BlockNumber, page: &mut Page) -> bool {
+    heap::cut_visibility(heap, page)
+}
+
+/// Whether the record only says that hint bits were set, for which a page need not be there.
+pub fn is_hint(record: &Record<'_>) -> bool {
+    record.rmgr() == Rmgr::XLOG && record.kind() == FPI_FOR_HINT
+}
+
 fn error(
     record: &Record<'_>,
     relation: RelFileLocator,

@@ -18,10 +18,14 @@ use std::time::Instant;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use waltide_format::archive::{ExtentMap, Manifest, SystemLayout, Tablespace};
-use waltide_format::{BackupId, Corrupt, WalFileName};
+use waltide_format::engines::postgres::cluster::RelationSegment;
+use waltide_format::{BLOCK_BYTES, BackupId, Corrupt, WalFileName};
 use waltide_storage::{Archive, Progress, StorageError};
 
 use super::fetch::{FetchError, FetchRequest, Fetcher};
+use super::forward::{
+    ForwardError, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed, Unknown,
+};
 use super::queue::ReadAhead;
 use crate::plan::Plan;
 use pieces::Piece;
@@ -61,6 +65,8 @@ pub struct RestoreOptions {
     pub delta: bool,
     /// Whether the cluster becomes a standby.
     pub standby: bool,
+    /// How the log is replayed.
+    pub replay: Replay,
     /// Whether the cluster archives nothing.
     pub archive_off: bool,
     /// Whose the files are to be.
@@ -113,6 +119,12 @@ pub enum RestoreError {
     /// A segment that recovery needs could not be put ready.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+    /// Native replay was asked for, and the log has what it does not know.
+    #[error("{0}\nhint: restore with --replay auto or --replay server")]
+    Unknown(#[from] Unknown),
+    /// Native replay failed.
+    #[error("native replay failed\nhint: restore with --replay server")]
+    Forward(#[from] ForwardError),
     /// A file could not be written.
     #[error("cannot {doing} {}", path.display())]
     Io {
@@ -138,7 +150,8 @@ impl RestoreError {
                     | FetchError::Wal { .. }
                     | FetchError::Foreign { .. }
             ),
-            Self::Place(_) | Self::Io { .. } => false,
+            Self::Forward(e) => e.is_damage(),
+            Self::Place(_) | Self::Unknown(_) | Self::Io { .. } => false,
         }
     }
 }
@@ -166,6 +179,8 @@ pub struct Actions {
     pub settings: Vec<(String, String)>,
     /// `recovery.signal` or `standby.signal`.
     pub signal: &'static str,
+    /// How the log will be replayed.
+    pub replay: ReplayPlan,
     /// Whose the files will be, where not ours.
     pub owner: Option<Owner>,
     /// What the operator should know.
@@ -189,6 +204,7 @@ impl fmt::Display for Actions {
         for (name, value) in &self.settings {
             writeln!(f, "            {name} = {}", conf::quoted(value))?;
         }
+        writeln!(f, "replay    {}", self.replay)?;
         for note in &self.notes {
             writeln!(f, "note      {note}")?;
         }
@@ -209,6 +225,8 @@ pub struct Restored {
     pub written_bytes: u64,
     /// Bytes read from the archive.
     pub read_bytes: u64,
+    /// What native replay did.
+    pub replayed: Option<Replayed>,
     /// Seconds it took.
     pub seconds: f64,
 }
@@ -292,19 +310,27 @@ impl Restore {
         let started = Instant::now();
         let place = write::Place::new(&self.options.data_dir, &self.actions);
         let pieces = self.pieces()?;
-        progress.phase("prepare", None);
-        let pieces = blocking(|| {
-            place.clear(&self.actions)?;
-            place.make(&self.manifest, &self.actions.tablespaces)?;
-            self.without_what_is_there(&place, pieces, progress.as_ref())
-        })?;
-        let total: u64 =
-            pieces.iter().filter(|p| !p.is_zeros()).fold(0, |sum, p| sum.saturating_add(p.bytes()));
-        progress.phase("restore", Some(total));
-        let (control, rest): (Vec<_>, Vec<_>) = pieces
-            .into_iter()
-            .partition(|p| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE));
-        let read_bytes = self.write_pieces(&place, rest, progress).await?;
+        let is_control = |p: &Piece| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE);
+        let (control, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_control);
+        let (control, file_blocks) = self.control_file(control).await?;
+        let mut ready = self.read_log(progress).await?;
+        let (total, read_bytes, over) = loop {
+            let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
+            let (total, read_bytes) = self.write_files(&place, pieces.clone(), superseding, progress).await?;
+            let Some(forward) = &ready else { break (total, read_bytes, None) };
+            match blocking(|| self.replay(&place, forward, &control, progress.as_ref())) {
+                Ok(over) => break (total, read_bytes, Some(over)),
+                Err(e) if self.is_native_only() => return Err(e.into()),
+                // Never patch and go on: what is there is thrown away, and PostgreSQL does it all.
+                Err(e) => {
+                    let text = format!("native replay failed, PostgreSQL replays everything: {}", causes(&e));
+                    progress.message(&text);
+                    tracing::warn!("{text}");
+                    ready = None;
+                    blocking(|| place.discard(&self.actions.tablespaces))?;
+                }
+            }
+        };
         let last = self.plan.segments.iter().filter(|s| s.partial);
         for segment in last {
             // PostgreSQL asks for no .partial, so it has to lie in pg_wal under the segment's name.
@@ -318,18 +344,111 @@ impl Restore {
             self.fetcher.fetch(&request).await?;
             place.own(&self.options.data_dir.join(&request.dest))?;
         }
-        blocking(|| self.write_settings(&place))?;
-        let control = self.control_file(control).await?;
+        let (replayed, handed_over) = over.unzip();
+        blocking(|| self.write_settings(&place, replayed.as_ref()))?;
         progress.phase("sync", None);
-        blocking(|| place.finish(&self.manifest, CONTROL_FILE, &control))?;
+        let files = match &replayed {
+            Some(_) => write::Synced::Everything,
+            None => write::Synced::Backup(&self.manifest),
+        };
+        let mode =
+            self.manifest.files.iter().find(|f| f.path == CONTROL_FILE).map_or(0o600, |f| f.mode & 0o777);
+        blocking(|| place.finish(files, CONTROL_FILE, &handed_over.unwrap_or(control), mode))?;
         Ok(Restored {
             data_dir: self.options.data_dir.clone(),
             files: self.manifest.files.len() as u64,
             bytes: self.actions.bytes,
             written_bytes: total,
             read_bytes,
+            replayed,
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    fn is_native_only(&self) -> bool {
+        matches!(&self.options.replay, Replay::Native(forward) if forward.mode() == ReplayMode::Native)
+    }
+
+    /// Reads the log before anything is written, where it is replayed natively.
+    async fn read_log(&self, progress: &Arc<dyn Progress>) -> Result<Option<Ready>, RestoreError> {
+        let Replay::Native(forward) = &self.options.replay else { return Ok(None) };
+        let dir = &self.options.data_dir;
+        let scratch = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir);
+        let mut forward = forward.as_ref().clone();
+        match forward.read(scratch, self.options.threads, progress.as_ref()).await? {
+            Ok(ready) => Ok(Some(ready)),
+            Err(unknown) if self.is_native_only() => Err(unknown.into()),
+            Err(unknown) => {
+                tracing::warn!("{unknown}: PostgreSQL replays everything");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes the place and writes the backup's files, without what replay writes anew: bytes written and read.
+    async fn write_files(
+        &self,
+        place: &write::Place,
+        mut pieces: Vec<Piece>,
+        ready: Option<(&Ready, u32)>,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(u64, u64), RestoreError> {
+        progress.phase("prepare", None);
+        if let Some((ready, file_blocks)) = ready {
+            pieces.retain(|piece| !self.is_superseded(piece, ready, file_blocks));
+        }
+        let pieces = blocking(|| {
+            place.clear(&self.actions)?;
+            place.make(&self.manifest, &self.actions.tablespaces)?;
+            self.without_what_is_there(place, pieces, progress.as_ref())
+        })?;
+        let total: u64 =
+            pieces.iter().filter(|p| !p.is_zeros()).fold(0, |sum, p| sum.saturating_add(p.bytes()));
+        progress.phase("restore", Some(total));
+        Ok((total, self.write_pieces(place, pieces, progress).await?))
+    }
+
+    /// Whether replay writes every page of a part anew, or removes it.
+    fn is_superseded(&self, piece: &Piece, ready: &Ready, file_blocks: u32) -> bool {
+        let file = self.manifest.files.get(piece.file);
+        let Some((relation, part)) = file.and_then(|f| RelationSegment::locate(&f.path)) else {
+            return false;
+        };
+        let base = part.segment.checked_mul(file_blocks);
+        const PAGE: u64 = BLOCK_BYTES as u64;
+        let first = piece.file_offset() / PAGE;
+        let last = piece.file_offset().saturating_add(piece.bytes()).div_ceil(PAGE);
+        !part.temporary
+            && (first..last).all(|block| {
+                let block = u32::try_from(block).ok().and_then(|block| base?.checked_add(block));
+                block.is_some_and(|block| ready.is_superseded(relation, part.fork, block))
+            })
+    }
+
+    /// Brings the files forward, and gives new ones their owner; pg_control as it then has to be.
+    fn replay(
+        &self,
+        place: &write::Place,
+        ready: &Ready,
+        control: &[u8],
+        progress: &dyn Progress,
+    ) -> Result<(Replayed, Vec<u8>), ForwardError> {
+        progress.phase("replay", None);
+        let group = self.manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
+        let tablespaces = self.actions.tablespaces.iter().map(|t| (t.oid, t.to.clone())).collect();
+        let forward_place = ForwardPlace {
+            data_dir: &self.options.data_dir,
+            tablespaces: &tablespaces,
+            control,
+            mode: if group { 0o640 } else { 0o600 },
+            threads: self.options.threads,
+        };
+        let done = ready.apply(&forward_place, progress)?;
+        place.own_everything().map_err(|e| match e {
+            RestoreError::Io { doing, path, source } => ForwardError::Io { doing, path, source },
+            e => ForwardError::Spill(io::Error::other(e.to_string())),
+        })?;
+        Ok(done)
     }
 
     fn pieces(&self) -> Result<Vec<Piece>, RestoreError> {
@@ -416,14 +535,17 @@ impl Restore {
         done.try_fold(0u64, async |sum, read| Ok(sum.saturating_add(read))).await
     }
 
-    async fn control_file(&self, pieces: Vec<Piece>) -> Result<Vec<u8>, RestoreError> {
+    /// pg_control as the backup has it, and what it says of large relations' files.
+    async fn control_file(&self, pieces: Vec<Piece>) -> Result<(Vec<u8>, u32), RestoreError> {
         let file = self.manifest.files.iter().find(|f| f.path == CONTROL_FILE);
         let bytes = file.map_or(0, |f| f.bytes).min(1 << 16);
         let (archive, layout, id) = (&self.archive, &self.layout, &self.plan.backup);
         let contents = backup_files::contents(archive, layout, id, &self.maps, pieces, bytes).await?;
         let decoded = waltide_format::engines::postgres::cluster::ControlFile::decode(&contents);
         match decoded {
-            Ok(control) if control.system_id == self.plan.system_id => Ok(contents),
+            Ok(control) if control.system_id == self.plan.system_id => {
+                Ok((contents, control.relation_file_blocks))
+            }
             Ok(control) => {
                 let found = control.system_id.get();
                 let source = Corrupt::mismatch("system_identifier", 0, found, self.plan.system_id.get());
@@ -433,7 +555,7 @@ impl Restore {
         }
     }
 
-    fn write_settings(&self, place: &write::Place) -> Result<(), RestoreError> {
+    fn write_settings(&self, place: &write::Place, replayed: Option<&Replayed>) -> Result<(), RestoreError> {
         for (name, text, mode) in &self.config_files {
             place.put(name, text.as_bytes(), *mode)?;
         }
@@ -445,7 +567,11 @@ impl Restore {
         };
         let text = conf::auto_conf(&old, self.options.standby, &self.actions.settings);
         place.put("postgresql.auto.conf", text.as_bytes(), 0o600)?;
-        place.put("backup_label", self.manifest.backup_label.as_bytes(), 0o600)?;
+        let label = match replayed {
+            Some(replayed) => replayed.backup_label(self.manifest.segment_size),
+            None => self.manifest.backup_label.clone(),
+        };
+        place.put("backup_label", label.as_bytes(), 0o600)?;
         for stale in STALE {
             place.remove(stale)?;
         }
@@ -454,12 +580,23 @@ impl Restore {
 }
 
 /// Runs blocking work where the runtime allows it.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
+pub(super) fn blocking<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     match Handle::try_current().map(|h| h.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),
     }
+}
+
+/// An error and what caused it.
+fn causes(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(e) = cause {
+        text.push_str(&format!(": {e}"));
+        cause = e.source();
+    }
+    text
 }
 
 async fn read_manifest(
@@ -600,6 +737,7 @@ fn actions(
         files: manifest.files.len() as u64,
         bytes: needed(&|_| true),
         settings,
+        replay: ReplayPlan::from(&options.replay),
         signal: if options.standby { "standby.signal" } else { "recovery.signal" },
         owner,
         notes,

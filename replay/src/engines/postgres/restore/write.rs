@@ -14,7 +14,7 @@ use waltide_format::archive::Manifest;
 use waltide_storage::Progress;
 
 use super::pieces::{Job, Piece, zeros};
-use super::place::{Owner, Placed};
+use super::place::{self, Owner, Placed};
 use super::{Actions, CONTROL_FILE, MARKER, RestoreError, STALE, io_error, marker_text};
 
 /// How much of a file is compared or zeroed at once.
@@ -216,14 +216,69 @@ impl Place {
         }
     }
 
-    /// Syncs every file and directory of the backup. Many at once, because file systems do them together.
-    fn sync_all(&self, manifest: &Manifest) -> Result<(), RestoreError> {
+    /// Throws away what a restore wrote, but for the mark that there is one.
+    pub(super) fn discard(&self, tablespaces: &[Placed]) -> Result<(), RestoreError> {
+        self.remove(CONTROL_FILE)?;
+        let wal = self.path("pg_wal");
+        let mut found: Vec<_> = place::contents(&self.0.data_dir)?;
+        found.retain(|d| d.path != self.path(MARKER) && d.path != wal);
+        found.extend(place::contents(&wal)?);
+        for t in tablespaces {
+            let versions = place::contents(&t.to)?;
+            let is_ours = |name: &str| name.starts_with("PG_");
+            found.extend(
+                versions
+                    .into_iter()
+                    .filter(|d| d.path.file_name().and_then(|n| n.to_str()).is_some_and(is_ours)),
+            );
+        }
+        for path in found.iter().map(|d| &d.path) {
+            remove_all(path).map_err(io_error("delete", path))?;
+        }
+        Ok(())
+    }
+
+    /// Every directory and file of the data directory and its tablespaces.
+    fn everything(&self) -> Result<Vec<PathBuf>, RestoreError> {
+        let mut found: Vec<PathBuf> = Vec::new();
+        let mut left = vec![self.0.data_dir.clone()];
+        left.extend(self.0.tablespaces.iter().cloned());
+        left.extend(Some(self.path("pg_wal")).filter(|wal| wal.is_symlink()));
+        while let Some(directory) = left.pop() {
+            for entry in fs::read_dir(&directory).map_err(io_error("list", &directory))? {
+                let entry = entry.map_err(io_error("list", &directory))?;
+                let kind = entry.file_type().map_err(io_error("look at", &entry.path()))?;
+                match kind.is_dir() {
+                    true => left.push(entry.path()),
+                    false if kind.is_file() => found.push(entry.path()),
+                    false => {}
+                }
+            }
+            found.push(directory);
+        }
+        Ok(found)
+    }
+
+    /// Gives everything its owner.
+    pub(super) fn own_everything(&self) -> Result<(), RestoreError> {
+        match self.0.owner {
+            Some(_) => self.everything()?.iter().try_for_each(|path| self.own(path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Every file and directory of a backup.
+    fn of_backup(&self, manifest: &Manifest) -> Vec<PathBuf> {
         let files = manifest.files.iter().map(|f| f.path.as_str());
         let files =
             files.filter(|path| *path != CONTROL_FILE && !STALE.contains(path)).map(|path| self.path(path));
         let directories = manifest.directories.iter().map(|d| self.path(&d.path));
         let tops = ["", "global", "pg_tblspc", "pg_wal", "pg_wal/archive_status"].map(|d| self.path(d));
-        let paths: Vec<_> = files.chain(directories).chain(tops).chain(self.0.tablespaces.clone()).collect();
+        files.chain(directories).chain(tops).chain(self.0.tablespaces.clone()).collect()
+    }
+
+    /// Syncs many at once, because file systems do them together.
+    fn sync(paths: &[PathBuf]) -> Result<(), RestoreError> {
         let next = AtomicUsize::new(0);
         let sync = || {
             while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -240,13 +295,16 @@ impl Place {
     /// Makes everything durable, and only then puts pg_control down.
     pub(super) fn finish(
         &self,
-        manifest: &Manifest,
+        synced: Synced<'_>,
         control_path: &str,
         control: &[u8],
+        control_mode: u32,
     ) -> Result<(), RestoreError> {
-        self.sync_all(manifest)?;
-        let mode = manifest.files.iter().find(|f| f.path == control_path).map_or(0o600, |f| f.mode & 0o777);
-        self.put(control_path, control, mode)?;
+        Self::sync(&match synced {
+            Synced::Backup(manifest) => self.of_backup(manifest),
+            Synced::Everything => self.everything()?,
+        })?;
+        self.put(control_path, control, control_mode)?;
         sync_dir(&self.path("global"))?;
         self.remove(MARKER)?;
         sync_dir(&self.0.data_dir)?;
@@ -255,6 +313,14 @@ impl Place {
             None => Ok(()),
         }
     }
+}
+
+/// What is synced at the end.
+pub(super) enum Synced<'a> {
+    /// The files that the backup has.
+    Backup(&'a Manifest),
+    /// Whatever is there.
+    Everything,
 }
 
 /// Writes zeros where there is anything else.

@@ -1,0 +1,346 @@
+//! What is kept of the log, written into the files: range after range, each page once.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use waltide_format::engines::postgres::cluster::{ControlFile, data_page, relation_path, version_directory};
+use waltide_format::engines::postgres::wal::Record;
+use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
+use waltide_storage::Progress;
+
+use super::super::redo::{self, Page};
+use super::ForwardError;
+use super::decode::How;
+use super::keep::{Fork, Kept, Log, PART_BLOCKS, Part};
+use super::spill::Entry;
+
+/// So many pages go to a file at once.
+const WRITE_PAGES: usize = 128;
+
+/// What the files are like.
+#[derive(Debug, Clone)]
+pub(super) struct Files {
+    data_dir: PathBuf,
+    version: String,
+    /// Blocks in a file of a large relation.
+    file_blocks: u32,
+    control: ControlFile,
+    mode: u32,
+}
+
+impl Files {
+    pub(super) fn new(data_dir: &Path, control: ControlFile, mode: u32) -> Self {
+        let version = version_directory(control.major, control.catalog_version);
+        let file_blocks = control.relation_file_blocks.max(1);
+        Self { data_dir: data_dir.to_owned(), version, file_blocks, control, mode }
+    }
+
+    fn path(&self, relation: RelFileLocator, fork: ForkNumber, segment: u32) -> PathBuf {
+        self.data_dir.join(relation_path(relation, fork, segment, &self.version))
+    }
+
+    /// The directory of a database in a tablespace.
+    pub(super) fn database(&self, (spc_oid, db_oid): (u32, u32)) -> PathBuf {
+        let any = RelFileLocator { spc_oid, db_oid, rel_number: 1 };
+        self.path(any, ForkNumber::Main, 0).parent().map(Path::to_owned).unwrap_or_default()
+    }
+
+    fn open(&self, path: &Path) -> Result<File, ForwardError> {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(self.mode);
+        let opened = match (options.open(path), path.parent()) {
+            // A database's directory in a tablespace comes with its first file there.
+            (Err(e), Some(directory)) if e.kind() == io::ErrorKind::NotFound => {
+                let mut builder = fs::DirBuilder::new();
+                builder.recursive(true).mode(self.directory_mode());
+                builder.create(directory).map_err(ForwardError::io("make", directory))?;
+                options.open(path)
+            }
+            (opened, _) => opened,
+        };
+        opened.map_err(ForwardError::io("open", path))
+    }
+
+    /// Who may read its files may look into a directory.
+    const fn directory_mode(&self) -> u32 {
+        self.mode | (self.mode & 0o444) >> 2
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) pages: u64,
+    /// Pages whose content the base backup gave.
+    pub(super) read: u64,
+}
+
+/// Removes and cuts files as the log did.
+pub(super) fn shape(files: &Files, kept: &Kept) -> Result<(), ForwardError> {
+    for (relation, state) in &kept.relations {
+        for (fork, state) in state.forks() {
+            let Some(cap) = state.cap else { continue };
+            for segment in 0u32.. {
+                let path = files.path(*relation, fork, segment);
+                let bytes = match fs::metadata(&path) {
+                    Ok(about) => about.len(),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                    Err(e) => return Err(ForwardError::io("look at", &path)(e)),
+                };
+                let left =
+                    cap.saturating_sub(segment.saturating_mul(files.file_blocks)).min(files.file_blocks);
+                let left_bytes = u64::from(left).saturating_mul(BLOCK_BYTES as u64);
+                if state.exists == Some(false) || (left == 0 && segment > 0) {
+                    fs::remove_file(&path).map_err(ForwardError::io("delete", &path))?;
+                } else if bytes > left_bytes {
+                    let file = files.open(&path)?;
+                    file.set_len(left_bytes).map_err(ForwardError::io("cut", &path))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Applies what is kept of pages with `threads` threads.
+pub(super) fn pages(
+    files: &Files,
+    log: &Log,
+    kept: &Kept,
+    threads: usize,
+    progress: &dyn Progress,
+) -> Result<Written, ForwardError> {
+    let mut work: Vec<(RelFileLocator, ForkNumber, u32, &Part)> = Vec::new();
+    for (relation, state) in &kept.relations {
+        for (fork, state) in state.forks() {
+            let parts = state.parts.iter().filter(|(_, part)| !part.chain.is_empty());
+            work.extend(parts.map(|(number, part)| (*relation, fork, *number, part)));
+        }
+    }
+    work.sort_by_key(|(relation, fork, number, _)| (*relation, *fork, *number));
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (pages, read) = (AtomicU64::new(0), AtomicU64::new(0));
+    let first_error = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(|| {
+                while !failed.load(Ordering::Relaxed) {
+                    let Some((relation, fork, number, part)) = work.get(next.fetch_add(1, Ordering::Relaxed))
+                    else {
+                        return;
+                    };
+                    let range = Range { files, log, relation: *relation, fork: *fork, number: *number };
+                    match range.apply(part) {
+                        Ok(written) => {
+                            pages.fetch_add(written.pages, Ordering::Relaxed);
+                            read.fetch_add(written.read, Ordering::Relaxed);
+                            progress.advance(written.pages.saturating_mul(BLOCK_BYTES as u64));
+                        }
+                        Err(e) => {
+                            failed.store(true, Ordering::Relaxed);
+                            let mut first = first_error.lock().unwrap_or_else(|e| e.into_inner());
+                            first.get_or_insert(e);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    if let Some(e) = first_error.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        return Err(e);
+    }
+    for (relation, state) in &kept.relations {
+        for (fork, state) in state.forks() {
+            lengthen(files, *relation, fork, state)?;
+        }
+    }
+    Ok(Written { pages: pages.into_inner(), read: read.into_inner() })
+}
+
+/// Makes a fork as long as the log made it: blocks that nothing wrote are zeros.
+fn lengthen(
+    files: &Files,
+    relation: RelFileLocator,
+    fork: ForkNumber,
+    state: &Fork,
+) -> Result<(), ForwardError> {
+    if state.exists != Some(true) {
+        return Ok(());
+    }
+    let last = state.blocks.saturating_sub(1).checked_div(files.file_blocks).unwrap_or(0);
+    for segment in 0..=last {
+        let path = files.path(relation, fork, segment);
+        let blocks = state.blocks.saturating_sub(segment.saturating_mul(files.file_blocks));
+        let bytes = u64::from(blocks.min(files.file_blocks)).saturating_mul(BLOCK_BYTES as u64);
+        let file = files.open(&path)?;
+        let there = file.metadata().map_err(ForwardError::io("look at", &path))?.len();
+        if there < bytes {
+            file.set_len(bytes).map_err(ForwardError::io("lengthen", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// A range of blocks that is being written.
+struct Range<'a> {
+    files: &'a Files,
+    log: &'a Log,
+    relation: RelFileLocator,
+    fork: ForkNumber,
+    number: u32,
+}
+
+/// A page on its way.
+struct Changing {
+    page: Page,
+    changed: bool,
+}
+
+impl Range<'_> {
+    fn apply(&self, part: &Part) -> Result<Written, ForwardError> {
+        let first = self.number.saturating_mul(PART_BLOCKS);
+        let (segment, within) = match first.checked_div(self.files.file_blocks) {
+            Some(segment) => (segment, first.checked_rem(self.files.file_blocks).unwrap_or(0)),
+            None => (0, first),
+        };
+        let path = self.files.path(self.relation, self.fork, segment);
+        let file = self.files.open(&path)?;
+        let at = |block: BlockNumber| {
+            u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
+        };
+        let mut pages: BTreeMap<BlockNumber, Changing> = BTreeMap::new();
+        let mut blocks = Vec::new();
+        let mut read = 0u64;
+        part.chain.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
+            let major = self.files.control.major;
+            let record = Record::decode(entry.record, entry.start, entry.end, major, &mut blocks);
+            let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
+            let anew = match entry.how {
+                How::Block(id) => record.block(id).is_some_and(|b| b.makes_page_anew()),
+                _ => false,
+            };
+            let changing = match pages.entry(entry.block) {
+                std::collections::btree_map::Entry::Occupied(found) => found.into_mut(),
+                std::collections::btree_map::Entry::Vacant(place) => {
+                    let page = if anew {
+                        Page::default()
+                    } else {
+                        read = read.saturating_add(1);
+                        read_page(&file, at(entry.block)).map_err(ForwardError::io("read", &path))?
+                    };
+                    place.insert(Changing { page, changed: false })
+                }
+            };
+            self.change(&entry, &record, anew, changing)
+        })?;
+        let written = self.write(&file, &path, &mut pages, at)?;
+        Ok(Written { pages: written, read })
+    }
+
+    fn change(
+        &self,
+        entry: &Entry<'_>,
+        record: &Record<'_>,
+        anew: bool,
+        changing: &mut Changing,
+    ) -> Result<(), ForwardError> {
+        let page = &mut changing.page;
+        match entry.how {
+            How::ClearVisibility => {
+                redo::clear_visibility(record, self.relation, entry.block, page);
+                changing.changed = true;
+            }
+            How::CutVisibility(heap) => changing.changed |= redo::cut_visibility(heap, page),
+            How::Block(id) => {
+                let needed =
+                    !anew && !matches!(self.fork, ForkNumber::Vm | ForkNumber::Fsm) && !redo::is_hint(record);
+                if needed && page.is_new() {
+                    return Err(ForwardError::Missing {
+                        relation: self.relation,
+                        fork: self.fork,
+                        block: entry.block,
+                        at: entry.start,
+                    });
+                }
+                let cluster =
+                    redo::Cluster { logs_hints: self.log.logs_hints(&self.files.control, entry.start) };
+                let applied = redo::apply(record, id, page, cluster)?;
+                changing.changed |= matches!(applied, redo::Applied::Changed | redo::Applied::Unstamped);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what was changed, neighbours together; how many pages.
+    fn write(
+        &self,
+        file: &File,
+        path: &Path,
+        pages: &mut BTreeMap<BlockNumber, Changing>,
+        at: impl Fn(BlockNumber) -> u64,
+    ) -> Result<u64, ForwardError> {
+        let mut buffer: Vec<u8> = Vec::new();
+        let (mut begins, mut ends, mut count) = (0, 0, 0u64);
+        let put = |buffer: &mut Vec<u8>, begins| {
+            let done = file.write_all_at(buffer, begins).map_err(ForwardError::io("write", path));
+            buffer.clear();
+            done
+        };
+        for (block, changing) in pages.iter_mut().filter(|(_, changing)| changing.changed) {
+            let place = at(*block);
+            if place != ends || buffer.len() >= WRITE_PAGES * BLOCK_BYTES {
+                put(&mut buffer, begins)?;
+                begins = place;
+            }
+            let mut bytes = *changing.page.bytes();
+            if self.files.control.has_data_checksums() && !changing.page.is_new() {
+                data_page::set_checksum(&mut bytes, *block);
+            }
+            buffer.extend_from_slice(&bytes);
+            ends = place.saturating_add(BLOCK_BYTES as u64);
+            count = count.saturating_add(1);
+        }
+        put(&mut buffer, begins)?;
+        Ok(count)
+    }
+}
+
+/// A page of a file; zeros behind its end.
+fn read_page(file: &File, at: u64) -> io::Result<Page> {
+    let mut bytes = [0; BLOCK_BYTES];
+    let mut filled = 0usize;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, at.saturating_add(filled as u64)) {
+            Ok(0) => break,
+            Ok(read) => filled = filled.saturating_add(read),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(Page::from(bytes))
+}
+
+/// Copies a database's directory as it is, over whatever is there.
+pub(super) fn copy_database(files: &Files, from: (u32, u32), to: (u32, u32)) -> Result<(), ForwardError> {
+    let (from, to) = (files.database(from), files.database(to));
+    match fs::remove_dir_all(&to) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ForwardError::io("delete", &to)(e)),
+        _ => {}
+    }
+    fs::create_dir_all(&to).map_err(ForwardError::io("make", &to))?;
+    let mode = fs::metadata(&from).map_err(ForwardError::io("look at", &from))?.permissions();
+    fs::set_permissions(&to, mode).map_err(ForwardError::io("make", &to))?;
+    for entry in fs::read_dir(&from).map_err(ForwardError::io("list", &from))? {
+        let entry = entry.map_err(ForwardError::io("list", &from))?;
+        let path = entry.path();
+        if entry.file_type().map_err(ForwardError::io("look at", &path))?.is_file() {
+            fs::copy(&path, to.join(entry.file_name())).map_err(ForwardError::io("copy", &path))?;
+        }
+    }
+    Ok(())
+}

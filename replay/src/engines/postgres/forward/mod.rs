@@ -1,0 +1,252 @@
+//! Native replay of a whole cluster: the log is read once, newest segment first; what still matters is kept by page, in a
+//! file beyond a bound of memory, and written range by range on all cores. It ends at the redo point of a checkpoint,
+//! from which PostgreSQL's own recovery goes on. Facts: docs/wal.md, "Redo".
+
+mod apply;
+mod decode;
+mod keep;
+mod point;
+mod scan;
+mod spill;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use waltide_format::engines::postgres::cluster::{BackupLabel, ControlError, ControlFile, HandOver};
+use waltide_format::engines::postgres::wal::{Checkpoint, ParameterChange, Record};
+use waltide_format::{
+    BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator, SegmentName, SegmentSize, TimelineId, TimestampTz,
+};
+use waltide_storage::Progress;
+
+use super::indexes::SearchError;
+use super::redo::{self, RedoError, State, StateError};
+use keep::Log;
+
+pub use decode::Unknown;
+pub use point::{Forward, Point, Replay, ReplayMode, ReplayPlan, choose_replay};
+
+/// Why native replay came to no end.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The archived WAL could not be read.
+    #[error(transparent)]
+    Search(#[from] SearchError),
+    /// A record that the engine cannot vouch for.
+    #[error(transparent)]
+    Unknown(#[from] Unknown),
+    /// A record does not fit the page.
+    #[error(transparent)]
+    Redo(#[from] RedoError),
+    /// What is not in relations' files could not be brought forward.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A record changes a page that is not there.
+    #[error("the record at {at} changes block {block} of {relation}{}, which is not there", fork.suffix())]
+    Missing {
+        /// The relation.
+        relation: RelFileLocator,
+        /// The fork.
+        fork: ForkNumber,
+        /// The block.
+        block: BlockNumber,
+        /// Start of the record.
+        at: Lsn,
+    },
+    /// A record that was set aside reads differently.
+    #[error(
+        "the record at {at} was set aside and does not read back\nhint: the disk or the memory of this machine fails"
+    )]
+    Kept {
+        /// Start of the record.
+        at: Lsn,
+    },
+    /// There is no such checkpoint where the index has one.
+    #[error("there is no checkpoint at {at}, where the archive's index has one\nhint: run `waltide verify`")]
+    NoCheckpoint {
+        /// Where it should start.
+        at: Lsn,
+    },
+    /// The base backup's pg_control cannot be rewritten.
+    #[error("the backup's pg_control cannot be rewritten")]
+    Control(#[from] ControlError),
+    /// A file could not be read or written.
+    #[error("cannot {doing} {}", path.display())]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// What is set aside of the log could not be read or written.
+    #[error(
+        "what is set aside of the log could not be read or written\nhint: give the restore's file system more room, or --memory more"
+    )]
+    Spill(#[from] io::Error),
+}
+
+impl ForwardError {
+    fn io<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
+        move |source| Self::Io { doing, path: path.to_owned(), source }
+    }
+
+    /// Whether the archive is at fault.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Search(e) => e.is_damage(),
+            Self::NoCheckpoint { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// What native replay did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Replayed {
+    /// Start of the checkpoint's record at which PostgreSQL goes on.
+    pub checkpoint: Lsn,
+    /// Its redo point: everything before it is in the files.
+    pub redo: Lsn,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// When it was made.
+    pub time: TimestampTz,
+    /// Records read.
+    pub records: u64,
+    /// Changes to pages that mattered.
+    pub changes: u64,
+    /// Pages written.
+    pub pages: u64,
+    /// Of them, pages that were read first.
+    pub pages_read: u64,
+    /// Bytes that were set aside in a file.
+    pub spilled_bytes: u64,
+    /// Seconds that reading the log took.
+    pub scan_seconds: f64,
+    /// Seconds that writing the pages took.
+    pub apply_seconds: f64,
+}
+
+impl Replayed {
+    /// The backup_label that makes recovery go on there: as pg_rewind leaves one, so that no end of a backup is awaited.
+    pub(super) fn backup_label(&self, size: SegmentSize) -> String {
+        let label = BackupLabel {
+            start_lsn: self.redo,
+            start_segment: SegmentName::containing(self.timeline, self.redo, size),
+            checkpoint_lsn: self.checkpoint,
+            method: "pg_rewind".to_owned(),
+            from_standby: true,
+            start_time: self.time.to_string(),
+            label: "waltide".to_owned(),
+            timeline: self.timeline,
+            incremental_from: None,
+        };
+        label.to_text()
+    }
+}
+
+impl Log {
+    /// Whether hint bits are logged at a place in the log.
+    fn logs_hints(&self, control: &ControlFile, at: Lsn) -> bool {
+        let before = self.settings.partition_point(|(lsn, _)| *lsn <= at);
+        let last = before.checked_sub(1).and_then(|i| self.settings.get(i));
+        control.has_data_checksums()
+            || last.map_or(control.settings.wal_log_hints, |(_, settings)| settings.wal_log_hints)
+    }
+
+    fn last_settings(&self) -> Option<ParameterChange> {
+        self.settings.last().map(|(_, settings)| *settings)
+    }
+}
+
+/// A cluster whose log was read, ready to be written.
+pub(super) struct Ready {
+    log: Log,
+    point: Point,
+    checkpoint_bytes: [u8; Checkpoint::BYTES],
+    scan_seconds: f64,
+}
+
+/// Where the cluster is being restored.
+pub(super) struct Place<'a> {
+    pub(super) data_dir: &'a Path,
+    /// Where each tablespace goes.
+    pub(super) tablespaces: &'a BTreeMap<Oid, PathBuf>,
+    /// The backup's pg_control.
+    pub(super) control: &'a [u8],
+    /// Permission bits of new files.
+    pub(super) mode: u32,
+    pub(super) threads: usize,
+}
+
+impl Ready {
+    /// Whether what the base backup has of a block is of no use.
+    pub(super) fn is_superseded(
+        &self,
+        relation: RelFileLocator,
+        fork: ForkNumber,
+        block: BlockNumber,
+    ) -> bool {
+        let tag = decode::PageTag { relation, fork, block };
+        self.log.stretches.first().is_some_and(|kept| kept.is_superseded(tag))
+    }
+
+    /// Brings the restored files forward. What it gives is the cluster's new pg_control.
+    pub(super) fn apply(
+        &self,
+        place: &Place<'_>,
+        progress: &dyn Progress,
+    ) -> Result<(Replayed, Vec<u8>), ForwardError> {
+        let started = std::time::Instant::now();
+        let control = ControlFile::decode(place.control)?;
+        let files = apply::Files::new(place.data_dir, control, place.mode);
+        let mut state = State::open(place.data_dir, place.tablespaces, &control)?;
+        let (mut changes, mut written) = (0u64, apply::Written::default());
+        for kept in &self.log.stretches {
+            if let Some(copy) = kept.begins_with {
+                apply::copy_database(&files, copy.from, copy.to)?;
+            }
+            let mut blocks = Vec::new();
+            kept.state.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
+                let record = Record::decode(entry.record, entry.start, entry.end, control.major, &mut blocks);
+                let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
+                let effects = redo::effects(&record).map_err(|_| ForwardError::Kept { at: entry.start })?;
+                for effect in &effects {
+                    state.apply(effect, (entry.start, entry.end))?;
+                }
+                Ok(())
+            })?;
+            apply::shape(&files, kept)?;
+            let done = apply::pages(&files, &self.log, kept, place.threads, progress)?;
+            changes = changes.saturating_add(kept.changes);
+            written.pages = written.pages.saturating_add(done.pages);
+            written.read = written.read.saturating_add(done.read);
+        }
+        state.finish(self.point.redo)?;
+        let over = HandOver {
+            checkpoint: self.point.checkpoint,
+            checkpoint_bytes: &self.checkpoint_bytes,
+            redo: self.point.redo,
+            timeline: self.point.before,
+            settings: self.log.last_settings(),
+        };
+        let replayed = Replayed {
+            checkpoint: self.point.checkpoint,
+            redo: self.point.redo,
+            timeline: self.point.timeline,
+            time: self.point.time,
+            records: self.log.records,
+            changes,
+            pages: written.pages,
+            pages_read: written.read,
+            spilled_bytes: self.log.spill.bytes(),
+            scan_seconds: self.scan_seconds,
+            apply_seconds: started.elapsed().as_secs_f64(),
+        };
+        Ok((replayed, over.rewrite(place.control, control.major)?))
+    }
+}

@@ -1,0 +1,277 @@
+//! Where native replay ends: the redo point of a checkpoint between the backup's end and the target.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use waltide_format::archive::{Catalog, CheckpointInfo, Lineage, SegmentEntry};
+use waltide_format::engines::postgres::wal::{Checkpoint, Record, XlogRecord};
+use waltide_format::{Lsn, PgMajor, TimelineId, TimestampTz};
+use waltide_storage::{Archive, Progress};
+
+use super::super::indexes::{ArchivedIndexes, SearchError};
+use super::decode::{Unknown, Wanted};
+use super::{ForwardError, Ready, scan};
+use crate::plan::Plan;
+
+/// Which way to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplayMode {
+    /// Native as far as the engine vouches for, then PostgreSQL.
+    #[default]
+    Auto,
+    /// Native, or an error.
+    Native,
+    /// PostgreSQL alone.
+    Server,
+}
+
+impl FromStr for ReplayMode {
+    type Err = &'static str;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "native" => Ok(Self::Native),
+            "server" => Ok(Self::Server),
+            _ => Err("one of auto, native, server"),
+        }
+    }
+}
+
+/// A checkpoint that PostgreSQL goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Point {
+    /// Start of its record.
+    pub checkpoint: Lsn,
+    /// Its redo point.
+    pub redo: Lsn,
+    /// The timeline both are on.
+    pub timeline: TimelineId,
+    /// The timeline of the last byte before the redo point: another one where a promotion begins with the checkpoint.
+    pub before: TimelineId,
+    /// When it was made.
+    pub time: TimestampTz,
+}
+
+/// The way that was chosen.
+#[derive(Debug, Clone)]
+pub enum Replay {
+    /// PostgreSQL replays everything; why, where native replay was thought of.
+    Server(Option<String>),
+    /// Native replay comes first.
+    Native(Box<Forward>),
+}
+
+/// The way that was chosen, as a restore says it beforehand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ReplayPlan {
+    /// `native` or `server`.
+    pub how: &'static str,
+    /// Where native replay hands over to PostgreSQL.
+    pub hand_over: Option<Point>,
+    /// Why native replay has no part, where it was thought of.
+    pub because: Option<String>,
+}
+
+impl From<&Replay> for ReplayPlan {
+    fn from(replay: &Replay) -> Self {
+        match replay {
+            Replay::Server(because) => Self { how: "server", hand_over: None, because: because.clone() },
+            Replay::Native(forward) => Self { how: "native", hand_over: Some(forward.point), because: None },
+        }
+    }
+}
+
+impl fmt::Display for ReplayPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.hand_over, &self.because) {
+            (Some(Point { redo, checkpoint, .. }), _) => {
+                write!(
+                    f,
+                    "native to {redo}, the redo point of the checkpoint at {checkpoint}, then by PostgreSQL"
+                )
+            }
+            (None, Some(because)) => write!(f, "by PostgreSQL: {because}"),
+            (None, None) => f.write_str("by PostgreSQL"),
+        }
+    }
+}
+
+/// A segment of the log that is replayed.
+#[derive(Debug, Clone)]
+pub(super) struct LogSegment {
+    pub(super) entry: SegmentEntry,
+    /// Its records are used up to here.
+    pub(super) usable_end: Lsn,
+    pub(super) start: Lsn,
+}
+
+/// Native replay up to a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Forward {
+    indexes: ArchivedIndexes,
+    segments: Arc<Vec<LogSegment>>,
+    from: Lsn,
+    consistent: Lsn,
+    mode: ReplayMode,
+    memory: usize,
+    line: Lineage,
+    point: Point,
+}
+
+/// Chooses how to come to a plan's target. `memory` bounds what native replay keeps, in bytes.
+pub async fn choose_replay(
+    archive: &Archive,
+    catalog: &Catalog,
+    plan: &Plan,
+    mode: ReplayMode,
+    memory: usize,
+) -> Result<Replay, SearchError> {
+    if mode == ReplayMode::Server {
+        return Ok(Replay::Server(None));
+    }
+    let server = |reason: &str| Ok(Replay::Server(Some(reason.to_owned())));
+    if plan.major != PgMajor::V15 {
+        return server(&format!("native replay knows PostgreSQL 15, this is {}", plan.major));
+    }
+    if plan.segments.iter().any(|s| s.partial) {
+        return server("the last segment is a .partial");
+    }
+    let indexes = ArchivedIndexes::new(archive.clone());
+    let run = catalog.run(&plan.lineage, plan.start_lsn);
+    let segments = run.steps.iter().filter(|step| step.start() < plan.stop.read_to);
+    let segments = segments.map(|step| LogSegment {
+        entry: step.entry.clone(),
+        usable_end: step.usable_end,
+        start: step.start(),
+    });
+    let forward = Forward {
+        indexes,
+        segments: Arc::new(segments.collect()),
+        from: plan.start_lsn,
+        consistent: plan.consistent_lsn,
+        mode,
+        memory,
+        line: plan.lineage.clone(),
+        point: Point {
+            checkpoint: Lsn::ZERO,
+            redo: Lsn::ZERO,
+            timeline: plan.timeline,
+            before: plan.timeline,
+            time: plan.backup_stopped,
+        },
+    };
+    match forward.newest(plan.stop.lsn, Lsn::MAX).await? {
+        Some(point) => Ok(Replay::Native(Box::new(Forward { point, ..forward }))),
+        None => server("no checkpoint lies between the backup's end and the target"),
+    }
+}
+
+impl Forward {
+    /// Where PostgreSQL goes on.
+    pub const fn point(&self) -> Point {
+        self.point
+    }
+
+    /// How native replay was asked for.
+    pub const fn mode(&self) -> ReplayMode {
+        self.mode
+    }
+
+    /// Bytes of log that are read.
+    pub fn wal_bytes(&self) -> u64 {
+        self.point.redo.get().saturating_sub(self.from.get())
+    }
+
+    /// The newest checkpoint whose record ends by `end` and whose redo point is not behind `redo`.
+    async fn newest(&self, end: Lsn, redo: Lsn) -> Result<Option<Point>, SearchError> {
+        let on_line = |timeline, lsn| self.line.timeline_at(lsn) == timeline;
+        for segment in self.segments.iter().rev() {
+            if segment.start >= end {
+                continue;
+            }
+            if segment.usable_end <= self.consistent {
+                break;
+            }
+            let index = self.indexes.index(&segment.entry).await?;
+            let fits = index.checkpoints.iter().rev().find(|c| {
+                c.end <= end
+                    && c.start < segment.usable_end
+                    && c.redo >= self.consistent
+                    && c.redo <= redo
+                    && on_line(c.timeline, c.redo)
+                    && on_line(c.timeline, c.start)
+            });
+            if let Some(c) = fits {
+                let CheckpointInfo { start: checkpoint, redo, timeline, time, .. } = *c;
+                let before = self.line.timeline_at(Lsn::from(redo.get().saturating_sub(1)));
+                return Ok(Some(Point { checkpoint, redo, timeline, before, time }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads the log, and moves the end to an earlier checkpoint where a record is met that the engine does not know.
+    /// Changes no file but one without a name in `scratch`.
+    pub(in super::super) async fn read(
+        &mut self,
+        scratch: &Path,
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<Result<Ready, Unknown>, ForwardError> {
+        let started = Instant::now();
+        let unknown = loop {
+            progress.phase("read the log", Some(self.wal_bytes()));
+            let wanted = Wanted { from: self.from, until: self.point.redo };
+            let scanned = scan::scan(
+                &self.indexes,
+                &self.segments,
+                wanted,
+                self.memory / 2,
+                scratch,
+                threads,
+                progress,
+            );
+            match scanned.await {
+                Ok(log) => {
+                    let checkpoint_bytes = self.checkpoint_bytes().await?;
+                    let scan_seconds = started.elapsed().as_secs_f64();
+                    return Ok(Ok(Ready { log, point: self.point, checkpoint_bytes, scan_seconds }));
+                }
+                Err(ForwardError::Unknown(unknown)) if self.mode == ReplayMode::Native => break unknown,
+                Err(ForwardError::Unknown(unknown)) => {
+                    match self.newest(self.point.checkpoint, unknown.at).await? {
+                        Some(point) => {
+                            progress.message(&format!("{unknown}: it ends earlier, at {}", point.redo));
+                            self.point = point;
+                        }
+                        None => break unknown,
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        };
+        Ok(Err(unknown))
+    }
+
+    async fn checkpoint_bytes(&self) -> Result<[u8; Checkpoint::BYTES], ForwardError> {
+        let at = self.point.checkpoint;
+        let from = self.segments.iter().position(|s| s.start <= at && at < s.usable_end).unwrap_or(0);
+        let entries: Vec<_> = self.segments.iter().skip(from).map(|s| &s.entry).collect();
+        let look = move |record: &Record<'_>| {
+            let is = matches!(
+                XlogRecord::decode(record),
+                Some(Ok(XlogRecord::CheckpointOnline(_) | XlogRecord::CheckpointShutdown(_)))
+            );
+            let bytes = record.main_data().first_chunk().copied().filter(|_| is && record.start == at);
+            (record.start >= at).then_some(bytes)
+        };
+        let found = self.indexes.records(&entries, look).await?;
+        found.flatten().ok_or(ForwardError::NoCheckpoint { at })
+    }
+}
