@@ -1,5 +1,6 @@
 //! Native replay against PostgreSQL's own recovery: the same base, the same log, the same files.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -151,4 +152,140 @@ fn every_resource_manager_is_replayed_to_the_same_files() {
     let lsn = checkpoint_and_more(&cluster, &mut chance);
     let replayed = Twice { site, backup }.assert_same(&lsn, &[]);
     assert!(replayed["records"].as_u64().unwrap() > 10_000, "{replayed}");
+}
+
+/// How many positions of a long run are gone to: `WALTIDE_TARGETS`, else a few.
+fn targets() -> u64 {
+    std::env::var("WALTIDE_TARGETS").map_or(4, |n| n.parse().expect("a number of targets"))
+}
+
+/// What a client sees of a cluster, in an order of its own.
+fn seen(cluster: &Cluster) -> String {
+    let dump = cluster.client("pg_dump").args(["--data-only", "--inserts", "postgres"]).run().assert_ok();
+    let mut lines: Vec<_> = dump.stdout.lines().filter(|line| line.starts_with("INSERT")).collect();
+    lines.sort_unstable();
+    lines.join("\n")
+}
+
+#[test]
+fn any_moment_of_a_long_run_is_reached_whole() {
+    let site = Site::new("forward-targets");
+    let cluster = site.start(site.builder("db").segment_mb(1).setting("autovacuum_naptime", "1s"));
+    cluster.pgbench_init(1);
+    cluster.query("create extension amcheck; create table journal (id int primary key, filler text)");
+    let backup = site.back_up(&cluster);
+    let mut chance = Chance::new();
+    let mut moments = Vec::new();
+    let bench = cluster.pgbench_background(&["-c", "2", "-R", "400", "-T", "300"]);
+    for id in 1..=3 * targets() {
+        cluster.query(&format!("insert into journal select {id}, repeat('x', {})", chance.below(2000)));
+        moments.push((id, cluster.query("select pg_current_wal_insert_lsn()")));
+        cluster.query("select pg_sleep(0.2)");
+        if id % 2 == 0 {
+            cluster.query("checkpoint");
+        }
+    }
+    bench.terminate();
+    cluster.archive_all();
+    let twice = Twice { site, backup };
+    // Before the third no checkpoint need have ended behind the backup.
+    for n in 0..targets() {
+        let (id, lsn) = &moments[usize::try_from(chance.below(moments.len() as u64 - 3)).unwrap() + 3];
+        let (mut native, done) =
+            twice.restore("native", &["--target-lsn", lsn, "--replay", "native", "--memory", "256kB"]);
+        let replayed = &done["restored"]["replayed"];
+        assert!(replayed["spilled_bytes"].as_u64().unwrap() > 0, "{replayed}");
+        native.start();
+        native.wait_promoted();
+        assert_eq!(native.query("select count(*), max(id) from journal"), format!("{id}|{id}"), "{lsn}");
+        let sums =
+            "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history),
+            (select sum(bbalance) from pgbench_branches) = (select sum(tbalance) from pgbench_tellers)";
+        assert_eq!(native.query(sums), "t|t", "{lsn}");
+        native.client("pg_amcheck").args(["--heapallindexed", "postgres"]).run().assert_ok();
+        if n == 0 {
+            let (mut server, _) = twice.restore("server", &["--target-lsn", lsn, "--replay", "server"]);
+            server.start();
+            server.wait_promoted();
+            assert_eq!(seen(&native), seen(&server), "{lsn}");
+        }
+    }
+}
+
+#[test]
+fn where_no_checkpoint_lies_between_postgresql_does_it_all() {
+    let site = Site::new("forward-none");
+    let cluster = site.start(site.builder("db").setting("autovacuum", "off"));
+    let backup = site.back_up(&cluster);
+    cluster.query("create table t as select generate_series(1, 100) as id");
+    cluster.archive_all();
+    let twice = Twice { site, backup };
+    let dir = twice.site.scratch.fresh_path("native");
+    let dir = dir.to_str().unwrap();
+    let refused = twice.site.waltide.fails(1, ["restore", "--data-dir", dir, "--replay", "native"]);
+    assert!(
+        refused.stderr.contains("no checkpoint lies between the backup's end and the target"),
+        "{refused:?}"
+    );
+    assert!(!Path::new(dir).exists());
+    let (mut cluster, done) = twice.restore("auto", &[]);
+    assert_eq!(done["actions"]["replay"]["how"], "server", "{done}");
+    assert_eq!(done["restored"]["replayed"], Value::Null, "{done}");
+    cluster.start();
+    cluster.wait_promoted();
+    assert_eq!(cluster.query("select count(*) from t"), "100");
+}
+
+#[test]
+fn what_fails_while_it_is_written_is_thrown_away() {
+    let site = Site::new("forward-failing");
+    let builder = site.builder("db").checksums(false).setting("autovacuum", "off");
+    let mut cluster = site.start(builder.setting("full_page_writes", "off"));
+    cluster.query("create table t (id int, n int) with (fillfactor = 50)");
+    cluster.query("insert into t select n, 0 from generate_series(1, 1000) n");
+    cluster.query("vacuum t; checkpoint");
+    let file = cluster.data_dir().join(cluster.query("select pg_relation_filepath('t')"));
+    cluster.stop(StopMode::Fast);
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, vec![0; whole.len()]).unwrap();
+    cluster.start();
+    // The backup has the table's pages empty; the log behind it changes pages that are full, and has no images of them.
+    let backup = site.back_up(&cluster);
+    cluster.stop(StopMode::Fast);
+    std::fs::write(&file, whole).unwrap();
+    cluster.start();
+    cluster.query("update t set n = 1 where id = 7");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    let twice = Twice { site, backup };
+    let dir = twice.site.scratch.fresh_path("native");
+    let dir_text = dir.to_str().unwrap();
+    let failed = twice.site.waltide.fails(1, ["restore", "--data-dir", dir_text, "--replay", "native"]);
+    assert!(failed.stderr.contains("which is not there"), "{failed:?}");
+    assert!(!dir.join("global/pg_control").exists());
+    // Taken up again by PostgreSQL alone, it is what PostgreSQL's alone is.
+    let out = twice.site.waltide.ok(["restore", "--data-dir", dir_text, "--archive-mode", "off"]);
+    assert!(out.stderr.contains("PostgreSQL replays everything"), "{out:?}");
+    let (server, _) = twice.restore("server", &["--replay", "server"]);
+    let files = |root: &Path| -> BTreeMap<String, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let mut left = vec![root.to_owned()];
+        while let Some(directory) = left.pop() {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    left.push(path);
+                } else {
+                    let name = path.strip_prefix(root).unwrap().display().to_string();
+                    files.insert(name, std::fs::read(&path).unwrap());
+                }
+            }
+        }
+        files
+    };
+    let (one, other) = (files(&dir), files(server.data_dir()));
+    assert_eq!(one.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>());
+    for (name, bytes) in one {
+        assert!(bytes == other[&name], "{name}");
+    }
 }
