@@ -7,9 +7,10 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use waltide_format::engines::postgres::cluster::{BackupLabel, ControlFile};
-use waltide_format::engines::postgres::wal::{Expected, Next, Record, RecordStream, SegmentSpan, Slru};
+use waltide_format::engines::postgres::wal::{Expected, Next, Record, RecordStream, Rmgr, SegmentSpan, Slru};
 use waltide_format::{Lsn, Oid, SegmentName, SegmentSize};
 use waltide_replay::engines::postgres::redo::{Effect, Ended, State, changes_state, effects, vouches_for};
+use waltide_tests::workload::{EVERY_RMGR_SETTINGS, RMGRS, every_rmgr};
 use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode};
 
 const SEGMENT_MB: u32 = 16;
@@ -287,6 +288,10 @@ insert into counted values (3);
 prepare transaction 'from elsewhere';
 commit prepared 'from elsewhere';";
 
+fn prepare(cluster: &Cluster, name: &str, statement: &str) {
+    cluster.query(&format!("begin; {statement}; prepare transaction '{name}'"));
+}
+
 #[test]
 fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
     let scratch = Scratch::new("state");
@@ -307,10 +312,7 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
          select pg_replication_origin_advance('forgotten', '0/99')",
     );
     // It locks a row that others come to lock too.
-    let prepare = |name: &str, statement: &str| {
-        cluster.query(&format!("begin; {statement}; prepare transaction '{name}'"));
-    };
-    prepare("locker", "select from locked for key share; select pg_current_xact_id() is null");
+    prepare(&cluster, "locker", "select from locked for key share; select pg_current_xact_id() is null");
 
     let load = cluster.pgbench_background(&["-T", "60"]);
     let first = Base::take(&cluster, "first");
@@ -321,6 +323,9 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
     cluster.pgbench(&["-c", "3", "-t", "100", "-f", &script.display().to_string()]);
     cluster.query("commit prepared 'locker'");
     cluster.query(SUBTRANSACTIONS);
+    // It recovers, and goes on behind a checkpoint of its own.
+    cluster.kill9();
+    cluster.start();
     cluster.query(REPLICATED);
     // Nothing of the logs' first files is needed any more.
     cluster.query("alter database template0 allow_connections true");
@@ -340,19 +345,23 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
     cluster.query("drop database brief");
 
     for name in ["ended later", "undone later", "kept for long"] {
-        prepare(name, "insert into counted values (9); savepoint a; insert into counted values (10)");
+        prepare(
+            &cluster,
+            name,
+            "insert into counted values (9); savepoint a; insert into counted values (10)",
+        );
     }
     let second = Base::take(&cluster, "second");
     cluster.query("commit prepared 'ended later'");
-    prepare("short", "insert into counted values (9)");
+    prepare(&cluster, "short", "insert into counted values (9)");
     cluster.query("rollback prepared 'undone later'; rollback prepared 'short'");
-    prepare("kept too", "create table not_yet as select 1; drop table shared");
+    prepare(&cluster, "kept too", "create table not_yet as select 1; drop table shared");
     // PostgreSQL writes prepared transactions down at the checkpoint behind them; it replays one before the hand-over.
     cluster.query("checkpoint");
     cluster.pgbench(&["-c", "2", "-t", "500"]);
     cluster.query("vacuum full pg_type");
     let redo = checkpoint(&cluster);
-    prepare("behind", "insert into locked values (9)");
+    prepare(&cluster, "behind", "insert into locked values (9)");
     cluster.query("create database behind; drop database made; vacuum full pg_class");
     cluster.pgbench(&["-c", "2", "-t", "500"]);
     cluster.stop(StopMode::Fast);
@@ -417,4 +426,23 @@ fn commit_timestamps_that_are_switched_on_in_the_log_are_kept_from_there_on() {
     assert!(fs::read_dir(scratch.join("base-ours/pg_commit_ts")).unwrap().count() > 0);
     replay(&cluster, &mut without, off, &scratch);
     assert_eq!(fs::read_dir(scratch.join("without/pg_commit_ts")).unwrap().count(), 0);
+}
+
+#[test]
+fn of_all_that_postgresql_logs_only_a_database_copied_file_by_file_is_not_vouched_for() {
+    let scratch = Scratch::new("state-known");
+    let mut cluster = primary(&scratch, EVERY_RMGR_SETTINGS).start();
+    every_rmgr(&cluster);
+    cluster.kill9();
+    cluster.start();
+    cluster.stop(StopMode::Fast);
+    let (mut rmgrs, mut others) = (BTreeSet::new(), BTreeSet::new());
+    each_record(&cluster, Lsn::ZERO, Lsn::MAX, |record| {
+        rmgrs.insert(record.rmgr());
+        if !vouches_for(record) {
+            others.insert((record.rmgr(), record.kind()));
+        }
+    });
+    assert_eq!(rmgrs.len(), RMGRS.len());
+    assert_eq!(others, [(Rmgr::DBASE, 0x00)].into());
 }

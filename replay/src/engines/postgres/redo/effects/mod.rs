@@ -200,7 +200,24 @@ pub fn vouches_for(record: &Record<'_>) -> bool {
         Rmgr::CLOG | Rmgr::TBLSPC | Rmgr::MULTIXACT | Rmgr::RELMAP | Rmgr::COMMIT_TS | Rmgr::REPLORIGIN => {
             effects(record).is_ok()
         }
-        _ => super::knows(record),
+        rmgr => has_page_kind(rmgr, kind) && super::knows(record),
+    }
+}
+
+/// Whether 15 has this kind of record about pages, those included that change none.
+const fn has_page_kind(rmgr: Rmgr, kind: u8) -> bool {
+    match rmgr {
+        // All eight, and whether a page is made anew besides.
+        Rmgr::HEAP | Rmgr::HEAP2 => true,
+        Rmgr::BTREE => kind <= 0xE0,
+        Rmgr::HASH => kind <= 0xC0,
+        Rmgr::GIN => kind >= 0x10 && kind <= 0x90,
+        Rmgr::GIST => matches!(kind, 0x00..=0x30 | 0x60 | 0x70),
+        Rmgr::SPGIST => kind >= 0x10 && kind <= 0x80,
+        // An entry and an update may make a page anew besides.
+        Rmgr::BRIN => matches!(kind, 0x00..=0x50 | 0x90 | 0xA0),
+        Rmgr::SEQ | Rmgr::GENERIC => kind == 0x00,
+        _ => false,
     }
 }
 

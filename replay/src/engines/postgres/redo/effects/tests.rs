@@ -190,6 +190,26 @@ fn what_is_not_known_whole_is_not_vouched_for() {
         assert!(!v15(rmid, info | 4, &[]), "{rmid} {info:#X}: a flag that is none");
         assert!(!vouched(PgMajor::V16, rmid, info, &[]), "{rmid} {info:#X} of 16");
     }
+    let pages =
+        [(9, 0xD0), (10, 0xC0), (11, 0xD0), (12, 0xC0), (13, 0x90), (14, 0x70), (16, 0x80), (17, 0xA0)];
+    for (rmid, info) in pages {
+        assert!(v15(rmid, info, &[]), "{rmid} {info:#X}");
+    }
+    let none = [
+        (9, 0x80),
+        (10, 0x90),
+        (11, 0xF0),
+        (12, 0xD0),
+        (13, 0x00),
+        (14, 0x40),
+        (15, 0x10),
+        (16, 0x00),
+        (17, 0x80),
+        (20, 0x10),
+    ];
+    for (rmid, info) in none {
+        assert!(!v15(rmid, info, &[]), "{rmid} {info:#X}");
+    }
     for (rmid, info) in
         [(0, 0xC0), (0, 0xE0), (1, 0x70), (2, 0x30), (8, 0x30), (21, 0x10), (128, 0), (255, 0)]
     {

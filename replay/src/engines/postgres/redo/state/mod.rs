@@ -31,6 +31,9 @@ use self::xact::Xacts;
 use super::effects::Effect;
 
 /// A data directory whose state besides pages follows the log. What it holds in memory does not grow with the log.
+///
+/// A database's or a tablespace's directory is made and removed, with all that is in it, when its effect is applied. So either every
+/// page that the log leaves is written behind the last effect, or those of a relation before the effect that removes it.
 #[derive(Debug)]
 pub struct State {
     tree: Tree,
