@@ -104,8 +104,8 @@ struct Base {
 }
 
 impl Base {
-    fn take(cluster: &Cluster, name: &str) -> Self {
-        let data = cluster.base_backup(name, &["-X", "none"]);
+    fn take(cluster: &Cluster, name: &str, args: &[&str]) -> Self {
+        let data = cluster.base_backup(name, &[&["-X", "none"], args].concat());
         let label = fs::read_to_string(data.join("backup_label")).unwrap();
         let start = BackupLabel::parse(&label).unwrap().start_lsn;
         let links = fs::read_dir(data.join("pg_tblspc")).unwrap().map(|e| e.unwrap().path());
@@ -238,6 +238,30 @@ fn compare(primary: &Cluster, mut base: Base, until: Lsn, scratch: &Scratch) -> 
     told
 }
 
+/// Prepared transactions that end at once, later or not at all, and checkpoints that write some of them down.
+const TWO_PHASE: &str = "
+\\set choice random(1, 40)
+begin;
+savepoint a;
+insert into shared values (:choice);
+prepare transaction 'of :client_id, :choice';
+\\if :choice > 20
+commit prepared 'of :client_id, :choice';
+\\elif :choice > 2
+rollback prepared 'of :client_id, :choice';
+\\else
+checkpoint;
+commit prepared 'of :client_id, :choice';
+\\endif
+";
+
+/// Databases that come and go, and a catalogue that moves.
+const CHURN: &str = "
+create database churned strategy wal_log;
+vacuum full pg_class;
+drop database churned;
+";
+
 /// Many subtransactions, each of which updates a row that the transaction has locked: as many multixacts.
 const MULTIXACTS: &str = "
 create table many (id int primary key, x int);
@@ -314,13 +338,21 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
     // It locks a row that others come to lock too.
     prepare(&cluster, "locker", "select from locked for key share; select pg_current_xact_id() is null");
 
-    let load = cluster.pgbench_background(&["-T", "60"]);
-    let first = Base::take(&cluster, "first");
-    load.interrupt();
+    let script = |name: &str, text: &str| scratch.file(name, text).display().to_string();
+    let (churn, two_phase) = (script("churn.sql", CHURN), script("two_phase.sql", TWO_PHASE));
+    let ordinary = cluster.pgbench_background(&["-c", "2", "-T", "120", "-f", &two_phase, "-b", "tpcb-like"]);
+    let churning = cluster.pgbench_background(&["-T", "120", "-f", &churn]);
+    // Slow enough that much changes while it is read.
+    let first = Base::take(&cluster, "first", &["-r", "12M"]);
+    ordinary.interrupt();
+    churning.interrupt();
+    for name in cluster.query("select gid from pg_prepared_xacts where gid <> 'locker'").lines() {
+        cluster.query(&format!("rollback prepared '{name}'"));
+    }
 
     cluster.query(MULTIXACTS);
-    let script = scratch.file("lock.sql", "select from locked for key share; select from locked for share;");
-    cluster.pgbench(&["-c", "3", "-t", "100", "-f", &script.display().to_string()]);
+    let lock = script("lock.sql", "select from locked for key share; select from locked for share;");
+    cluster.pgbench(&["-c", "3", "-t", "100", "-f", &lock]);
     cluster.query("commit prepared 'locker'");
     cluster.query(SUBTRANSACTIONS);
     // It recovers, and goes on behind a checkpoint of its own.
@@ -351,7 +383,7 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
             "insert into counted values (9); savepoint a; insert into counted values (10)",
         );
     }
-    let second = Base::take(&cluster, "second");
+    let second = Base::take(&cluster, "second", &[]);
     cluster.query("commit prepared 'ended later'");
     prepare(&cluster, "short", "insert into counted values (9)");
     cluster.query("rollback prepared 'undone later'; rollback prepared 'short'");
@@ -410,7 +442,7 @@ fn commit_timestamps_that_are_switched_on_in_the_log_are_kept_from_there_on() {
     age(&cluster);
     cluster.start();
     cluster.pgbench_init(1);
-    let base = Base::take(&cluster, "base");
+    let base = Base::take(&cluster, "base", &[]);
     cluster.pgbench(&["-t", "1000"]);
     cluster.set("track_commit_timestamp", "on");
     cluster.restart();
