@@ -122,6 +122,7 @@ fn loads_of_many_lengths_are_replayed_to_the_same_files() {
 fn random_load(chance: &mut Chance, checksums: bool, steps: u64) {
     let site = Site::new("forward");
     let builder = site.builder("db").settings(load::SETTINGS).checksums(checksums).segment_mb(4);
+    let builder = builder.setting("wal_log_hints", chance.of(&["on", "off"]));
     let mut cluster = site.start(builder.setting("autovacuum", "off"));
     cluster.pgbench_init(1);
     load::prepare(&cluster);
@@ -288,4 +289,80 @@ fn what_fails_while_it_is_written_is_thrown_away() {
     for (name, bytes) in one {
         assert!(bytes == other[&name], "{name}");
     }
+}
+
+#[test]
+fn prepared_transactions_come_along() {
+    let site = Site::new("forward-prepared");
+    let cluster = site.start(site.builder("db").settings(load::SETTINGS).setting("autovacuum", "off"));
+    cluster.query("create table t (id int primary key)");
+    cluster.query("begin; insert into t values (1); prepare transaction 'before the backup'");
+    cluster.query("begin; insert into t values (2); prepare transaction 'gone before the checkpoint'");
+    let backup = site.back_up(&cluster);
+    for id in 3..=6 {
+        cluster.query(&format!("begin; insert into t values ({id}); prepare transaction 'number {id}'"));
+    }
+    cluster.query("rollback prepared 'gone before the checkpoint'");
+    cluster.query("commit prepared 'number 3'");
+    cluster.query("checkpoint");
+    cluster.query("commit prepared 'number 4'");
+    cluster.query("rollback prepared 'number 5'");
+    cluster.query("begin; insert into t values (7); prepare transaction 'behind the checkpoint'");
+    cluster.archive_all();
+    let (mut native, _) = Twice { site, backup }.restore("native", &["--replay", "native"]);
+    native.start();
+    native.wait_promoted();
+    let open = native.query("select string_agg(gid, ', ' order by gid) from pg_prepared_xacts");
+    assert_eq!(open, "before the backup, behind the checkpoint, number 6");
+    assert_eq!(native.query("select string_agg(id::text, ' ' order by id) from t"), "3 4");
+    for gid in open.split(", ") {
+        native.query(&format!("commit prepared '{gid}'"));
+    }
+    assert_eq!(native.query("select string_agg(id::text, ' ' order by id) from t"), "1 3 4 6 7");
+}
+
+#[test]
+fn what_was_interrupted_is_taken_up_again() {
+    let site = Site::new("forward-killed");
+    let cluster = site.start(site.builder("db").settings(load::SETTINGS).segment_mb(4));
+    cluster.pgbench_init(2);
+    load::prepare(&cluster);
+    let backup = site.back_up(&cluster);
+    let mut chance = Chance::new();
+    for _ in 0..6 {
+        cluster.pgbench(&["-c", "2", "-t", "200"]);
+        load::step(&cluster, &mut chance);
+    }
+    let lsn = checkpoint_and_more(&cluster, &mut chance);
+    let spaces: Vec<_> =
+        backup["tablespaces"].as_array().unwrap().iter().map(|s| s["oid"].to_string()).collect();
+    let twice = Twice { site, backup };
+    let dir = twice.site.scratch.fresh_path("native");
+    let mut args: Vec<String> =
+        ["restore", "--data-dir", dir.to_str().unwrap(), "--target-lsn", &lsn, "--replay", "native"]
+            .map(str::to_owned)
+            .to_vec();
+    args.extend(["--archive-mode".to_owned(), "off".to_owned()]);
+    for oid in spaces {
+        let place = twice.site.scratch.fresh_path("space");
+        args.extend(["--tablespace-map".to_owned(), format!("{oid}={}", place.display())]);
+    }
+    let started = Instant::now();
+    twice.site.waltide.ok(&args);
+    let took = started.elapsed();
+    std::fs::remove_file(dir.join("recovery.signal")).unwrap();
+    let whole: Vec<_> = [&args[..], &["--allow-clear".to_owned()]].concat();
+    for part in 1..6u32 {
+        let running = twice.site.waltide.spawn(&whole);
+        std::thread::sleep(took * part / 6);
+        running.kill9();
+    }
+    // The mark of an interrupted restore is enough: nothing else lies there.
+    twice.site.waltide.ok(&whole);
+    let (mut server, _) = twice.restore("server", &["--target-lsn", &lsn, "--replay", "server"]);
+    Twice::recover(&mut server, true);
+    let name = dir.file_name().unwrap().to_str().unwrap().to_owned();
+    let mut native = Cluster::with_data_dir(&name, &twice.site.scratch, dir);
+    Twice::recover(&mut native, true);
+    assert_no_difference("after five kills", server.data_dir(), native.data_dir());
 }

@@ -1,7 +1,5 @@
 //! A segment's records as what each does, without what the segment itself makes irrelevant. Pure: no I/O.
 
-use std::collections::HashMap;
-
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
@@ -234,7 +232,7 @@ impl Decoded {
 
     /// Of a page that is made anew, nothing that was done to it before matters.
     fn leave_out_what_is_overwritten(&mut self) {
-        let mut last = HashMap::new();
+        let mut last: foldhash::HashMap<PageTag, usize> = foldhash::HashMap::default();
         for (i, (_, deed)) in self.deeds.iter().enumerate() {
             if let Deed::Page { tag, anew: true, .. } = deed {
                 last.insert(*tag, i);

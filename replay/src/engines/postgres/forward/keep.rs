@@ -1,9 +1,10 @@
 //! What of the log still matters, found by walking it from its end: what a later image, a cut or a drop made
 //! irrelevant is passed over.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 
+use foldhash::{HashMap, HashSet};
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
 use waltide_format::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
 
@@ -11,7 +12,7 @@ use super::decode::{DatabaseCopy, Decoded, Deed, How, PageTag};
 use super::spill::{CHUNK_BYTES, Chain, Entry, Spill};
 
 /// Blocks that are kept, and applied, together: 32 MiB of pages. `relseg_size` is a multiple.
-pub(super) const PART_BLOCKS: u32 = 4096;
+pub(in super::super) const PART_BLOCKS: u32 = 4096;
 const FORKS: [ForkNumber; 4] = [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::Vm, ForkNumber::Init];
 
 /// Blocks of a fork that lie side by side.

@@ -26,6 +26,7 @@ use super::redo::{self, RedoError, State, StateError};
 use keep::Log;
 
 pub use decode::Unknown;
+pub(super) use keep::PART_BLOCKS;
 pub use point::{Forward, Point, Replay, ReplayMode, ReplayPlan, choose_replay};
 
 /// Why native replay came to no end.

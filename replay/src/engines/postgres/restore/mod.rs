@@ -24,7 +24,8 @@ use waltide_storage::{Archive, Progress, StorageError};
 
 use super::fetch::{FetchError, FetchRequest, Fetcher};
 use super::forward::{
-    ForwardError, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed, Unknown,
+    ForwardError, PART_BLOCKS, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed,
+    Unknown,
 };
 use super::queue::ReadAhead;
 use crate::plan::Plan;
@@ -122,6 +123,14 @@ pub enum RestoreError {
     /// Native replay was asked for, and the log has what it does not know.
     #[error("{0}\nhint: restore with --replay auto or --replay server")]
     Unknown(#[from] Unknown),
+    /// Native replay was asked for, and the cluster's large relations are cut into files of another size.
+    #[error(
+        "relseg_size is {found} blocks, and native replay knows multiples of {PART_BLOCKS}\nhint: restore with --replay auto or --replay server"
+    )]
+    FileBlocks {
+        /// Blocks in a file.
+        found: u32,
+    },
     /// Native replay failed.
     #[error("native replay failed\nhint: restore with --replay server")]
     Forward(#[from] ForwardError),
@@ -151,7 +160,7 @@ impl RestoreError {
                     | FetchError::Foreign { .. }
             ),
             Self::Forward(e) => e.is_damage(),
-            Self::Place(_) | Self::Unknown(_) | Self::Io { .. } => false,
+            Self::Place(_) | Self::Unknown(_) | Self::FileBlocks { .. } | Self::Io { .. } => false,
         }
     }
 }
@@ -313,7 +322,12 @@ impl Restore {
         let is_control = |p: &Piece| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE);
         let (control, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_control);
         let (control, file_blocks) = self.control_file(control).await?;
-        let mut ready = self.read_log(progress).await?;
+        let mut ready = match file_blocks.checked_rem(PART_BLOCKS) {
+            Some(0) => self.read_log(progress).await?,
+            // No release is built so, but one may be.
+            _ if self.is_native_only() => return Err(RestoreError::FileBlocks { found: file_blocks }),
+            _ => None,
+        };
         let (total, read_bytes, over) = loop {
             let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
             let (total, read_bytes) = self.write_files(&place, pieces.clone(), superseding, progress).await?;
