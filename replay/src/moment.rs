@@ -97,6 +97,9 @@ pub struct Moment {
     pub time: TimestampTz,
     /// Start of its commit record.
     pub commit_lsn: Lsn,
+    /// The end of that record, where it was just found: then it need not be looked for.
+    #[serde(skip)]
+    pub commit_end: Option<Lsn>,
     /// Where recovery stops: before the record that starts here. It is the commit record, but for the end of a whole
     /// database, which begins before that.
     pub lsn: Lsn,
@@ -201,6 +204,7 @@ pub(crate) fn find(request: &MomentRequest, events: &[TableEvent]) -> Meaning {
         xid: event.commit.xid,
         time: event.commit.time,
         commit_lsn: event.commit.start,
+        commit_end: Some(event.commit.end),
         lsn: event.before,
         with_database: event.kind == TableEventKind::Dropped { with_database: true },
         prepared: false,

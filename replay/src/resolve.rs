@@ -189,7 +189,16 @@ impl<'a, S: Source> Reading<'a, S> {
             Target::Lsn(lsn) => self.resolve_lsn(run, start.max(*lsn), *lsn, end, goal.inclusive).await,
             Target::Moment(moment) => {
                 let lsn = moment.lsn;
-                let found = self.resolve_lsn(run, start.max(lsn), lsn, end, goal.inclusive).await?;
+                let here = |step: &Step<'_>| step.start() <= lsn && lsn < step.usable_end;
+                let known = moment.commit_end.filter(|read_to| {
+                    lsn == moment.commit_lsn && start <= lsn && *read_to <= end && run.steps.iter().any(here)
+                });
+                let found = match known {
+                    Some(read_to) if !goal.inclusive => {
+                        Resolution::Stops(Stop { read_to, ..plain(StopKind::Before, lsn) })
+                    }
+                    _ => self.resolve_lsn(run, start.max(lsn), lsn, end, goal.inclusive).await?,
+                };
                 Ok(match found {
                     Resolution::Stops(stop) => Resolution::Stops(Stop {
                         xid: (lsn == moment.commit_lsn).then_some(moment.xid),

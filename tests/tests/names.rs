@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use waltide_archiver::catalog::{Known, load};
-use waltide_format::archive::Layout;
-use waltide_replay::engines::postgres::find_moment;
-use waltide_replay::{Loss, Moment, MomentRequest, TargetTimeline};
+use waltide_format::archive::{Layout, Rates};
+use waltide_replay::engines::postgres::{ArchivedIndexes, find_moment, made_tablespaces};
+use waltide_replay::{Goal, Loss, Moment, MomentRequest, Plan, TargetTimeline, plan};
 use waltide_storage::{Archive, ArchiveUrl, Faults};
 use waltide_tests::stored::Stored;
 use waltide_tests::workload::Journal;
@@ -101,7 +101,10 @@ impl Site {
     #[track_caller]
     fn assert_merging_changes_nothing(&self, asked: &[&[&str]]) {
         let answers = || {
-            let plans = asked.iter().map(|arguments| self.plan(arguments)).collect::<Vec<_>>();
+            let place = self.scratch.join("alike");
+            let base = ["restore", "--dry-run", "--allow-clear", "--data-dir", text(&place)];
+            let plan = |arguments: &&[&str]| self.waltide.json([&base[..], arguments].concat());
+            let plans = asked.iter().map(plan).collect::<Vec<_>>();
             (plans, self.waltide.ok(["log", "--json"]).stdout)
         };
         let _ = std::fs::remove_dir_all(self.merged());
@@ -122,20 +125,29 @@ impl Site {
         stored.path(&stored.names().merged())
     }
 
-    /// The moment before a table was dropped, found by the library, and how many calls of the archive that took.
-    fn find(&self, table: &str) -> (Moment, u64) {
+    /// The moment before a table was dropped and the plan of a restore to it, with the tablespaces that it makes; and how
+    /// many calls of the archive that took.
+    fn find(&self, table: &str) -> (Moment, Plan, u64) {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let url: ArchiveUrl = text(&self.scratch.join("archive")).parse().unwrap();
         let faults = Faults::none();
         let layout = Layout::new("main").unwrap();
         let request = MomentRequest { loss: Loss::Drop, table: table.parse().unwrap(), until: None };
-        let found = runtime.block_on(async {
+        let (moment, plan) = runtime.block_on(async {
             let archive = Archive::open(&url).await.unwrap();
             let catalog = load(&archive, &layout, None, Known::Nothing, 2).await.unwrap();
             let counted = archive.with_faults(faults.clone());
-            find_moment(&counted, &layout, &catalog, TargetTimeline::Latest, &request).await
+            let found = find_moment(&counted, &layout, &catalog, TargetTimeline::Latest, &request).await;
+            let moment = found.unwrap();
+            let goal = Goal::before(moment.clone());
+            let source = ArchivedIndexes::new(counted.clone());
+            let source = source.with_merged(layout.system(catalog.system.system_id));
+            let planned = plan(&catalog, &goal, None, Rates::default(), &source).await.unwrap();
+            let made = made_tablespaces(&counted, &layout, &catalog, &planned).await.unwrap();
+            assert!(made.is_empty(), "{made:?}");
+            (moment, planned)
         });
-        (found.unwrap(), faults.calls())
+        (moment, plan, faults.calls())
     }
 
     /// Restores to a target and starts the server.
@@ -413,10 +425,10 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
     assert!(site.merged().join("00000001/256").is_dir(), "there is a step of 256");
     site.assert_moment(&["--before-truncate", "cut"], "postgres.public.cut", cut);
     assert_eq!(plain[3].0.gid.as_deref(), Some("far off"));
-    for ((table, name, xid), (moment, calls)) in tables.iter().zip(&plain) {
-        let (found, fewer) = site.find(table);
+    for ((table, name, xid), (moment, plan, calls)) in tables.iter().zip(&plain) {
+        let (found, planned, fewer) = site.find(table);
         assert_eq!((&found.table.to_string()[..], u64::from(found.xid.get())), (*name, *xid));
-        assert_eq!(&found, moment);
+        assert_eq!((&found, &planned), (moment, plan));
         // The object of 256, the segments before and behind it, those in which a transaction may have ended that wrote
         // under another step of 16, and the backup's catalogues.
         assert!(*calls > 256 && fewer < 80, "{table}: {calls} calls, {fewer} with merged indexes");

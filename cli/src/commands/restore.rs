@@ -224,7 +224,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.goal.goal(&archive, &layout, &catalog).await?;
     let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
-    let made = made_tablespaces(&archive, &catalog, &plan).await;
+    let made = made_tablespaces(&archive, &layout, &catalog, &plan).await;
     let made = made.map_err(|e| {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)

@@ -1,5 +1,6 @@
 //! One object per segment: header, independently compressed chunks, index sections, directory, footer.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest as _, Sha256};
@@ -210,6 +211,37 @@ impl SegmentDirectory {
         Ok(Self { wal_bytes, digest, sections_at, chunks, sections })
     }
 
+    /// Where the chunks lie that hold these bytes of the WAL.
+    pub fn chunks(&self, wal: &Range<u64>) -> Range<u64> {
+        let held = self.held(wal);
+        let (from, to) = (held.first().map(|(_, s)| s.at), held.last().map(|(_, s)| s.end()));
+        from.zip(to).map_or(0..0, |(from, to)| from..to)
+    }
+
+    /// The chunks that hold these bytes of the WAL, out of what was read of their [place](SegmentDirectory::chunks), and
+    /// where in the WAL they begin.
+    pub fn read_chunks(&self, wal: &Range<u64>, stored: &[u8]) -> Result<(u64, Vec<u8>), Corrupt> {
+        let held = self.held(wal);
+        let (begin, at) = held.first().map_or((0, 0), |(begin, s)| (*begin, s.at));
+        let mut bytes = Vec::new();
+        for (_, stretch) in held {
+            let here = Stretch { at: stretch.at.saturating_sub(at), ..stretch };
+            bytes.extend_from_slice(&here.read(stored, "chunk").map_err(|e| e.offset_by(at))?);
+        }
+        Ok((begin, bytes))
+    }
+
+    /// The chunks that hold these bytes of the WAL, each with its place there.
+    fn held(&self, wal: &Range<u64>) -> Vec<(u64, Stretch)> {
+        let places = self.chunks.iter().scan(0u64, |next, stretch| {
+            let begin = *next;
+            *next = begin.saturating_add(stretch.raw_bytes);
+            Some((begin, *next, *stretch))
+        });
+        let held = places.filter(|(begin, end, _)| *begin < wal.end && wal.start < *end);
+        held.map(|(begin, _, stretch)| (begin, stretch)).collect()
+    }
+
     /// How many bytes at the object's end hold sections, directory and footer.
     pub fn tail_bytes(&self, object_bytes: u64) -> u64 {
         object_bytes.saturating_sub(self.sections_at)
@@ -413,6 +445,28 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn any_part_of_a_segment_is_read_by_its_chunks(seed: u64, from in 0u64..3_000_000, length in 0u64..2_000_000) {
+            let wal: Vec<u8> = (0..3_000_000u64).map(|i| (i.wrapping_mul(seed) >> 60) as u8).collect();
+            let object = encode_segment(&wal, &SegmentIndex::new(samples::info(3_000_000)), 1, 1);
+            let directory = SegmentDirectory::decode(&object, object.len() as u64).unwrap().unwrap();
+            let part = from..(from + length).min(3_000_000);
+            let place = directory.chunks(&part);
+            let stored = &object[place.start as usize..place.end as usize];
+            let (begin, bytes) = directory.read_chunks(&part, stored).unwrap();
+            prop_assert_eq!(bytes.is_empty(), part.is_empty());
+            if !part.is_empty() {
+                let begin = begin as usize;
+                prop_assert!(begin <= part.start as usize && begin + bytes.len() >= part.end as usize);
+                prop_assert!(bytes.len() <= length as usize + 2 * CHUNK_BYTES);
+                prop_assert!(bytes == wal[begin..begin + bytes.len()]);
+                let mut bad = stored.to_vec();
+                bad[(seed % stored.len() as u64) as usize] ^= 1;
+                prop_assert!(directory.read_chunks(&part, &bad).is_err());
+                prop_assert!(directory.read_chunks(&part, &stored[1..]).is_err());
+            }
+        }
+
         #[test]
         fn a_segment_comes_back_with_its_index(index in samples::index(), seed: u64, threads in 1usize..3) {
             let wal: Vec<u8> = (0..3_000_000u64).map(|i| (i.wrapping_mul(seed) >> 60) as u8).collect();

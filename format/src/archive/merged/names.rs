@@ -4,6 +4,7 @@
 //! Each segment is read by itself; a record that runs over the edge between two is put together when they are joined.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use crate::archive::index::{
     FileEvent, FileEventKind, SegmentIndex, SegmentInfo, XactEnd, decode_file_event, decode_xact,
@@ -23,6 +24,8 @@ use super::merge::append;
 
 /// More than a record over an edge takes that a catalogue's row or page is in. What is longer is looked for in the WAL.
 const EDGE_BYTES_MAX: usize = 512 << 10;
+/// So far before a record that runs over the edge another most likely begins behind a page header.
+const BEFORE_PENDING: u64 = 4 * PAGE_BYTES as u64;
 /// What is longer is not stored: the step below tells it.
 pub(super) const NAMES_BYTES_MAX: u64 = 64 << 20;
 
@@ -57,15 +60,43 @@ impl NamesLog {
     /// Whether what a segment says about names is not all in its index, when catalogues lie in `files`.
     pub fn needs_wal(index: &SegmentIndex, files: &CatalogueFiles) -> bool {
         let info = &index.info;
-        let ours = |relation| files.catalogue(relation).is_some();
-        let mapped = |e: &FileEvent| matches!(e.kind, FileEventKind::RelationMap { .. });
         // Which records are not in the index because the neighbour was not at hand?
         let unjoined_head = info.continued_bytes > 0 && !info.head_joined;
         let unjoined_tail = info.pending.is_some_and(|p| !p.joined);
-        index.blocks.iter().any(|b| b.fork == ForkNumber::Main && ours(b.relation))
-            || index.file_events.iter().any(mapped)
-            || unjoined_head
-            || unjoined_tail
+        touches(index, files) || unjoined_head || unjoined_tail
+    }
+
+    /// What a segment says out of the parts of its WAL that [`NamesLog::edges`] names; the rest of `wal` is zeros. None
+    /// where that is not enough.
+    pub fn of_edges(index: &SegmentIndex, wal: &[u8], files: &CatalogueFiles) -> Option<Self> {
+        let info = &index.info;
+        let mut log = Self::of_segment(index, None, files).ok()?;
+        Self::edges(index, files)?;
+        if let Some(pending) = info.pending {
+            let tail = PreviousTail::find(wal, span_of(info)?, expected(info))?;
+            let found = tail.pending.as_ref().map(|p| p.start);
+            log.tail = Some(tail).filter(|_| found == Some(pending.start));
+            log.tail.as_ref()?;
+        }
+        if info.continued_bytes > 0 {
+            log.head = Some(wal.get(..head_bytes(info.continued_bytes))?.to_vec());
+        }
+        Some(log)
+    }
+
+    /// The parts of a segment's WAL, as distances from its start, that tell what its index does not; none where that
+    /// may be anywhere.
+    pub fn edges(index: &SegmentIndex, files: &CatalogueFiles) -> Option<[Range<u64>; 2]> {
+        if touches(index, files) {
+            return None;
+        }
+        let info = &index.info;
+        let size = info.size.bytes();
+        let head = if info.continued_bytes > 0 { head_bytes(info.continued_bytes) as u64 } else { 0 };
+        let start = info.name.start(info.size).unwrap_or_default();
+        // A whole record before it must be there too.
+        let pending = info.pending.map(|p| p.start.bytes_since(start).saturating_sub(BEFORE_PENDING));
+        Some([0..head.min(size), pending.unwrap_or(size).min(size)..size])
     }
 
     /// What a segment says. `wal` is needed where [`NamesLog::needs_wal`] says so.
@@ -223,6 +254,13 @@ impl NamesLog {
 
 /// Distance, transaction, file, kind, and a byte of that at the least.
 const CHANGE_BYTES_MIN: usize = 10;
+
+/// Whether some record of a segment touches a catalogue or replaces a relation map, as far as its index says.
+fn touches(index: &SegmentIndex, files: &CatalogueFiles) -> bool {
+    let ours = |relation| files.catalogue(relation).is_some();
+    index.blocks.iter().any(|b| b.fork == ForkNumber::Main && ours(b.relation))
+        || index.file_events.iter().any(|e| matches!(e.kind, FileEventKind::RelationMap { .. }))
+}
 
 /// What concerns names: vacuum cuts tables too, but has no transaction.
 fn matters(event: &FileEvent) -> bool {
@@ -406,6 +444,18 @@ mod tests {
             let segments = segments(&held);
             let logs: Vec<_> = segments.iter().map(|s| (log_of(s), s.0.info.clone())).collect();
             let (all, _) = joined(logs.clone());
+            // Where the edges are enough they say the same, whatever lies between.
+            for ((index, wal), (log, _)) in segments.iter().zip(&logs) {
+                let files = CatalogueFiles::default();
+                let mut edges = vec![0; wal.len()];
+                for range in NamesLog::edges(index, &files).into_iter().flatten() {
+                    let range = range.start as usize..range.end as usize;
+                    edges[range.clone()].copy_from_slice(&wal[range]);
+                }
+                if let Some(found) = NamesLog::of_edges(index, &edges, &files).filter(|_| NamesLog::needs_wal(index, &files)) {
+                    prop_assert_eq!(&found, log);
+                }
+            }
             let expected = read(&segments);
             prop_assert_eq!(&all.changes, &expected.changes);
             prop_assert_eq!(&all.events, &expected.events);

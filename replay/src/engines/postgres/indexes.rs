@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use waltide_format::archive::{
-    NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, StoredSegment, SystemLayout,
+    FileEvent, MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
+    StoredSegment, SystemLayout,
 };
 use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_format::engines::postgres::effects::xact_end;
@@ -13,6 +14,7 @@ use waltide_format::engines::postgres::wal::{
 use waltide_format::{Corrupt, Lsn, Xid};
 use waltide_storage::{Archive, StorageError};
 
+use super::covers::{Cover, Covers};
 use super::fetch::SEGMENT_OBJECT_BYTES_MAX;
 use super::merged::may_end;
 use crate::resolve::{Events, Source};
@@ -86,13 +88,28 @@ impl ArchivedIndexes {
         Ok(index)
     }
 
+    /// What happened to files, of those steps that merged indexes tell of.
+    pub(super) async fn file_events(
+        &self,
+        steps: &[&Step<'_>],
+    ) -> Result<Vec<Cover<Vec<FileEvent>>>, SearchError> {
+        let Some(layout) = &self.merged else { return Ok(Vec::new()) };
+        let covers = Covers { archive: &self.archive, layout, steps };
+        let section = MergedSection::FileEvents;
+        let read = move |directory: &MergedDirectory, stored: &[Vec<u8>]| {
+            let stored = stored.first().map(Vec::as_slice).unwrap_or_default();
+            directory.read_lists(&[(section, stored)]).map(|lists| Some(lists.file_events))
+        };
+        covers.find(&[section], read, |_, _| true).await
+    }
+
     /// A whole segment's bytes.
     pub(super) async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
         let object = self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?;
         let path = entry.path.clone();
-        let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode(&object)).await;
+        let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode_wal(&object)).await;
         let decoded = decoded.expect("decoding a segment does not panic");
-        decoded.map(|s| s.wal).map_err(|source| SearchError::Damaged { path, source })
+        decoded.map(|(_, wal)| wal).map_err(|source| SearchError::Damaged { path, source })
     }
 
     /// What a segment says about names, out of its index and, where that does not tell all, out of its WAL.
@@ -103,13 +120,41 @@ impl ArchivedIndexes {
         files: &CatalogueFiles,
     ) -> Result<NamesLog, SearchError> {
         let wal = match NamesLog::needs_wal(index, files) {
-            true => Some(self.wal(entry).await?),
+            true => match self.names_at_edges(entry, index, files).await? {
+                Some(log) => return Ok(log),
+                None => Some(self.wal(entry).await?),
+            },
             false => None,
         };
         let (index, files) = (index.clone(), files.clone());
         let read = move || NamesLog::of_segment(&index, wal.as_deref(), &files);
         let read = tokio::task::spawn_blocking(read).await.expect("reading records does not panic");
         read.map_err(|source| SearchError::Wal { path: entry.path.clone(), source })
+    }
+
+    /// The same out of the WAL at the segment's edges; none where that is not enough.
+    async fn names_at_edges(
+        &self,
+        entry: &SegmentEntry,
+        index: &SegmentIndex,
+        files: &CatalogueFiles,
+    ) -> Result<Option<NamesLog>, SearchError> {
+        let Some(edges) = NamesLog::edges(index, files) else { return Ok(None) };
+        let damaged = |source| SearchError::Damaged { path: entry.path.clone(), source };
+        let directory = self.archive.read_end(&entry.path, TAIL_BYTES, SegmentDirectory::decode).await?;
+        let directory = directory.map_err(damaged)?;
+        let mut wal = vec![0; usize::try_from(index.info.size.bytes()).unwrap_or(0)];
+        for edge in edges.iter().filter(|edge| !edge.is_empty()) {
+            let stored = self.archive.get_range(&entry.path, directory.chunks(edge)).await?;
+            let (begin, bytes) = directory.read_chunks(edge, &stored).map_err(damaged)?;
+            let begin = usize::try_from(begin).unwrap_or(usize::MAX);
+            if let Some(place) = wal.get_mut(begin..begin.saturating_add(bytes.len())) {
+                place.copy_from_slice(&bytes);
+            }
+        }
+        let (index, files) = (index.clone(), files.clone());
+        let read = move || NamesLog::of_edges(&index, &wal, &files);
+        Ok(tokio::task::spawn_blocking(read).await.expect("reading records does not panic"))
     }
 
     /// Calls `look` with the records of `segments`, neighbours in order, until it has found something.

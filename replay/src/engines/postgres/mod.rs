@@ -2,6 +2,7 @@
 
 mod amcheck;
 mod conf_file;
+mod covers;
 mod drill;
 mod fetch;
 mod find_moment;

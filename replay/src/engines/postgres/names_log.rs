@@ -5,27 +5,23 @@ use std::ops::Range;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::archive::{
-    CommitKind, FileEvent, MergedDirectory, MergedName, MergedSection, MergedSegment, NamesLog,
-    RelationSegments, Step, SystemLayout, XactEnd,
+    CommitKind, FileEvent, MergedDirectory, MergedSection, MergedSegment, NamesLog, RelationSegments, Step,
+    SystemLayout, XactEnd,
 };
 use waltide_format::engines::postgres::catalogue::{
     CatalogueChange, CatalogueFiles, Commit, Fates, Follower,
 };
 use waltide_format::engines::postgres::wal::PreviousTail;
-use waltide_format::{Corrupt, Lsn, SegmentName, Xid};
+use waltide_format::{Lsn, Xid};
 use waltide_storage::Archive;
 
+use super::covers::{Cover, Covers};
 use super::indexes::{ArchivedIndexes, SearchError};
 
 /// How many indexes are read at once.
 const AT_ONCE: usize = 8;
 /// How many segments' WAL is read at once.
 const WALS_AT_ONCE: usize = 2;
-/// What is read of a merged index's end at first, and as much more for each segment that it covers.
-const TAIL_BYTES: u64 = 64 << 10;
-const TAIL_BYTES_PER_SEGMENT: u64 = 192;
-/// An object is read for more segments than one of the step below would tell.
-const OBJECTS_BELOW: u64 = 16;
 
 /// A part of the log to be followed.
 pub(super) struct Log<'a> {
@@ -53,13 +49,6 @@ struct Part {
     log: NamesLog,
     /// What a merged index says of those segments; nothing of one that was read itself.
     merged: Vec<MergedSegment>,
-}
-
-/// A merged index, as far as names need it.
-struct Merged {
-    segments: Vec<MergedSegment>,
-    relations: Vec<RelationSegments>,
-    log: NamesLog,
 }
 
 /// What has been seen of transactions.
@@ -265,115 +254,18 @@ impl Log<'_> {
 
     /// What merged indexes say, that were made of these very segments.
     async fn merged(&self) -> Result<Vec<Part>, SearchError> {
-        let number = |(n, step): (usize, &&Step<'_>)| (step.entry.info.name, n);
-        let mut open: BTreeMap<SegmentName, usize> = self.steps.iter().enumerate().map(number).collect();
-        if open.len() < 2 {
-            return Ok(Vec::new());
-        }
-        let listed = self.archive.list(&self.layout.merged()).await?.into_iter();
-        let named = listed.filter_map(|o| Some((self.layout.parse_merged(&o.path)?, o.path)));
-        let mut listed: Vec<_> = named.filter(|(name, _)| worth_it(name, &open)).collect();
-        // Those that cover most come first, and of one range the newest.
-        listed.sort_by_key(|(name, _)| std::cmp::Reverse((name.step, name.builder, name.generation)));
-        let mut parts = Vec::new();
-        // What turns out to be of no use leaves its segments to those that cover less.
-        while !listed.is_empty() {
-            let mut left = open.clone();
-            let (chosen, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|(name, _)| {
-                let chosen = worth_it(name, &left);
-                if chosen {
-                    left.retain(|segment, _| !(name.first..=name.last).contains(segment));
-                }
-                chosen
-            });
-            if chosen.is_empty() {
-                break;
-            }
-            listed = others;
-            let read = chosen.iter().map(|(name, path)| self.read(name, path));
-            let mut read = stream::iter(read.collect::<Vec<_>>()).buffered(AT_ONCE);
-            while let Some(merged) = read.try_next().await? {
-                let Some(part) = merged.and_then(|merged| self.part(merged, &open)) else { continue };
-                for step in self.steps.get(part.steps.clone()).unwrap_or_default() {
-                    open.remove(&step.entry.info.name);
-                }
-                parts.push(part);
-            }
-        }
-        Ok(parts)
-    }
-
-    /// Reads one; none where it is gone, damaged, or does not tell names.
-    async fn read(&self, name: &MergedName, path: &str) -> Result<Option<Merged>, SearchError> {
-        let with_relations = self.files.moved().next().is_some();
-        let bytes = TAIL_BYTES.saturating_add(name.step.saturating_mul(TAIL_BYTES_PER_SEGMENT));
-        let read = self.archive.read_end(path, bytes, |tail, size| {
-            let directory = match MergedDirectory::decode(tail, size)? {
-                Ok(directory) => directory,
-                Err(needed) => return Ok(Err(needed)),
-            };
-            if directory.first.name != name.first || u64::from(directory.segments) != name.step {
-                let found = u64::from(directory.segments);
-                return Err(Corrupt::mismatch("segments", 0, found, name.step));
-            }
-            if directory.range(MergedSection::Names).is_none() {
-                return Ok(Ok(None));
-            }
-            let mut wanted = vec![MergedSection::Segments, MergedSection::Names];
-            wanted.extend(with_relations.then_some(MergedSection::Relations));
-            let (mut stored, mut needed) = (Vec::new(), None);
-            for section in wanted {
-                match directory.in_tail(section, tail, size) {
-                    Ok(found) => stored.push(found.to_vec()),
-                    Err(bytes) => needed = needed.max(Some(bytes)),
-                }
-            }
-            Ok(needed.map_or(Ok(Some((directory, stored))), Err))
-        });
-        let damaged = |e: Corrupt| {
-            tracing::warn!("{path} is damaged, reading the segments instead: {e}");
-            None
+        let mut sections = vec![MergedSection::Names];
+        sections.extend(self.files.moved().next().map(|_| MergedSection::Relations));
+        let covers = Covers { archive: self.archive, layout: self.layout, steps: self.steps };
+        let read = |directory: &MergedDirectory, stored: &[Vec<u8>]| {
+            let [names, relations @ ..] = stored else { return Ok(None) };
+            let relations = relations.first().map(|stored| directory.read_relations(stored)).transpose()?;
+            Ok(directory.read_names(names)?.map(|log| (log, relations.unwrap_or_default())))
         };
-        let (directory, stored) = match read.await {
-            Ok(Ok(Some(found))) => found,
-            Ok(Ok(None)) => return Ok(None),
-            Ok(Err(e)) => return Ok(damaged(e)),
-            Err(e) if e.is_not_found() || e.is_bad_object() => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        let decode = move || -> Result<Option<Merged>, Corrupt> {
-            let [segments, names, relations @ ..] = stored.as_slice() else { return Ok(None) };
-            let relations = relations.first().map(|stored| directory.read_relations(stored));
-            let (segments, relations) =
-                (directory.read_segments(segments)?, relations.transpose()?.unwrap_or_default());
-            Ok(directory.read_names(names)?.map(|log| Merged { segments, relations, log }))
-        };
-        let decoded = tokio::task::spawn_blocking(decode).await.expect("decoding does not panic");
-        Ok(decoded.unwrap_or_else(damaged))
-    }
-
-    /// What a merged index says of the steps that are open; none where it was made of other copies, or does not tell all.
-    fn part(&self, merged: Merged, open: &BTreeMap<SegmentName, usize>) -> Option<Part> {
-        let Merged { segments, relations, mut log } = merged;
-        let places = segments.iter().enumerate();
-        let ours = places.filter_map(|(at, s)| Some((at, s, *open.get(&s.info.name)?))).collect::<Vec<_>>();
-        let ((first, _, begin), (last, _, end)) = (ours.first()?, ours.last()?);
-        let is_same = |(at, segment, number): &(usize, &MergedSegment, usize)| {
-            let in_order = number.checked_sub(*begin) == at.checked_sub(*first);
-            in_order && self.steps.get(*number).is_some_and(|step| segment.is_of(step.entry))
-        };
-        let covered = segments.get(*first..=*last)?;
-        if ours.len() != covered.len() || !ours.iter().all(is_same) || self.is_moved(covered, &relations) {
-            return None;
-        }
-        // Its edges are not those of what is wanted of it.
-        if *first > 0 {
-            log.head = None;
-        }
-        if last.saturating_add(1) < segments.len() {
-            log.tail = None;
-        }
-        Some(Part { steps: *begin..end.saturating_add(1), log, merged: covered.to_vec() })
+        let fits =
+            |(_, relations): &(_, Vec<_>), covered: &[MergedSegment]| !self.is_moved(covered, relations);
+        let found = covers.find(&sections, read, fits).await?;
+        Ok(found.into_iter().map(Part::merged).collect())
     }
 
     /// Whether segments may touch catalogues in files that a merged index takes for others.
@@ -390,13 +282,15 @@ impl Log<'_> {
 }
 
 impl Part {
+    fn merged(cover: Cover<(NamesLog, Vec<RelationSegments>)>) -> Self {
+        let Cover { steps, segments, from_first, to_last, told: (mut log, _) } = cover;
+        // Its edges are not those of what is wanted of it.
+        log.head = log.head.filter(|_| from_first);
+        log.tail = log.tail.filter(|_| to_last);
+        Self { steps, log, merged: segments }
+    }
+
     fn none(step: usize) -> Self {
         Self { steps: step..step.saturating_add(1), log: NamesLog::default(), merged: Vec::new() }
     }
-}
-
-/// Whether an object tells more of what is wanted than one of the step below would.
-fn worth_it(name: &MergedName, open: &BTreeMap<SegmentName, usize>) -> bool {
-    let below = name.step.checked_div(OBJECTS_BELOW).unwrap_or(1);
-    open.range(name.first..=name.last).count() as u64 > below
 }

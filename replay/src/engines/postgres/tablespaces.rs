@@ -5,7 +5,7 @@ use std::path::Path;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::Lsn;
-use waltide_format::archive::{Catalog, FileEventKind, Run, Step, Tablespace};
+use waltide_format::archive::{Catalog, FileEvent, FileEventKind, Layout, Run, Step, Tablespace};
 use waltide_format::engines::postgres::wal::{
     RedirectedTablespace, SegmentBytes, TablespaceRecord, make_tablespace_in_place,
 };
@@ -29,11 +29,13 @@ pub(crate) struct Redirected {
 /// The tablespaces that recovery to a plan's stop will make, wherever the WAL says: not moved by any mapping.
 pub async fn made_tablespaces(
     archive: &Archive,
+    layout: &Layout,
     catalog: &Catalog,
     plan: &Plan,
 ) -> Result<Vec<Tablespace>, SearchError> {
     let run = catalog.run(&plan.lineage, plan.start_lsn);
     let indexes = ArchivedIndexes::new(archive.clone());
+    let indexes = indexes.with_merged(layout.system(catalog.system.system_id));
     let found = creations(&indexes, &run, plan.start_lsn, plan.stop.read_to).await?;
     // One without a path lies in the data directory.
     Ok(found.into_iter().map(|c| c.tablespace).filter(|t| !t.path.is_empty()).collect())
@@ -73,51 +75,67 @@ async fn creations(
     until: Lsn,
 ) -> Result<Vec<Creation>, SearchError> {
     let steps: Vec<_> = run.steps.iter().take_while(|step| step.start() < until).collect();
-    let following = run.steps.iter().map(Some).skip(1).chain([None]);
-    let pairs: Vec<_> = steps.into_iter().zip(following).collect();
-    let looked = stream::iter(&pairs).map(|(step, next)| made_in(indexes, step, *next)).buffered(AT_ONCE);
-    let made: Vec<_> = looked.try_collect().await?;
-    let mut found = Vec::new();
-    for (i, ((step, _), made)) in pairs.iter().zip(made).enumerate() {
-        let here = |record: Lsn| from <= record && record < until.min(step.usable_end);
-        let made = made.into_iter().filter(|(record, _)| here(*record));
-        found.extend(made.map(|(record, tablespace)| Creation { step: i, record, tablespace }));
+    let mut found: Vec<(Lsn, Tablespace)> = Vec::new();
+    let mut covered = vec![false; steps.len()];
+    for cover in indexes.file_events(&steps).await? {
+        let Some([first, .., last]) = steps.get(cover.steps.clone()) else { continue };
+        // It may go on behind a fork, and have begun before what is wanted of it.
+        let here = |record: Lsn| record < last.usable_end && (cover.from_first || record >= first.start());
+        found.extend(made_in(cover.told).filter(|(record, _)| here(*record)));
+        covered.get_mut(cover.steps).unwrap_or_default().fill(true);
     }
-    Ok(found)
+    let alone = steps.iter().zip(&covered).filter(|(_, covered)| !**covered);
+    let read = alone.map(|(step, _)| indexes.index(step.entry));
+    let mut read = stream::iter(read.collect::<Vec<_>>()).buffered(AT_ONCE);
+    while let Some(index) = read.try_next().await? {
+        found.extend(made_in(index.file_events));
+    }
+    // What was put together with neither neighbour is in no index.
+    for (step, next) in steps.iter().zip(run.steps.iter().skip(1)) {
+        let open = step.entry.info.pending.is_some_and(|p| !p.joined);
+        if open && !next.entry.info.head_joined && !next.entry.info.overwrites_contrecord {
+            found.extend(made_over_edge(indexes, step, next).await?);
+        }
+    }
+    // A record that runs over an edge may be in both segments' indexes.
+    found.sort_by_key(|(record, _)| *record);
+    found.dedup_by_key(|(record, _)| *record);
+    let creation = |(record, tablespace): (Lsn, Tablespace)| {
+        let step = steps.partition_point(|step| step.start() <= record).checked_sub(1)?;
+        let here = from <= record && record < until.min(steps.get(step)?.usable_end);
+        here.then_some(Creation { step, record, tablespace })
+    };
+    Ok(found.into_iter().filter_map(creation).collect())
 }
 
-/// The CREATE TABLESPACE records that begin in a segment.
-async fn made_in(
-    indexes: &ArchivedIndexes,
-    step: &Step<'_>,
-    next: Option<&Step<'_>>,
-) -> Result<Vec<(Lsn, Tablespace)>, SearchError> {
-    let index = indexes.index(step.entry).await?;
-    let made = index.file_events.into_iter().filter_map(|e| match e.kind {
+/// The CREATE TABLESPACE records among what happened to files.
+fn made_in(events: Vec<FileEvent>) -> impl Iterator<Item = (Lsn, Tablespace)> {
+    events.into_iter().filter_map(|e| match e.kind {
         FileEventKind::TablespaceCreate { spc_oid, path } => {
             Some((e.start, Tablespace { oid: spc_oid, path }))
         }
         _ => None,
+    })
+}
+
+/// The CREATE TABLESPACE record that runs over the edge between two segments, if it is one.
+async fn made_over_edge(
+    indexes: &ArchivedIndexes,
+    step: &Step<'_>,
+    next: &Step<'_>,
+) -> Result<Option<(Lsn, Tablespace)>, SearchError> {
+    let edge = next.start();
+    let pair = [step.entry, next.entry];
+    let over = indexes.records(&pair, move |record| {
+        let create = match TablespaceRecord::decode(record) {
+            Some(Ok(TablespaceRecord::Create { spc_oid, path })) if record.start < edge => {
+                Some((record.start, Tablespace { oid: spc_oid, path }))
+            }
+            _ => None,
+        };
+        (record.end > edge).then_some(create)
     });
-    let mut made: Vec<_> = made.collect();
-    // What was not put together when it was indexed is in no index.
-    if index.info.pending.is_some_and(|p| !p.joined)
-        && let Some(next) = next
-    {
-        let edge = next.start();
-        let pair = [step.entry, next.entry];
-        let over = indexes.records(&pair, move |record| {
-            let create = match TablespaceRecord::decode(record) {
-                Some(Ok(TablespaceRecord::Create { spc_oid, path })) if record.start < edge => {
-                    Some((record.start, Tablespace { oid: spc_oid, path }))
-                }
-                _ => None,
-            };
-            (record.end > edge).then_some(create)
-        });
-        made.extend(over.await?.flatten());
-    }
-    Ok(made)
+    Ok(over.await?.flatten())
 }
 
 async fn change(
