@@ -419,3 +419,34 @@ fn what_a_prepared_transaction_locks_is_said_and_the_rest_is_checked() {
     cluster.archive_all();
     assert_passed(&site.drill(0, &["--check", check])["drills"][0]);
 }
+
+#[test]
+fn a_drill_replays_natively_where_that_is_asked_for() {
+    let site = Site::new("drill-native");
+    let cluster = site.start(site.builder());
+    let mut journal = Journal::create(&cluster);
+    site.back_up(&cluster);
+    let steps: Vec<_> = (0..6)
+        .map(|n| {
+            cluster.query("checkpoint");
+            journal.step(&cluster, &format!("{n}"))
+        })
+        .collect();
+    cluster.archive_all();
+    let check = format!("select count(*) = {} from journal", steps[5].id);
+    let answer = site.drill(0, &["--replay", "native", "--check", &check]);
+    let drill = &answer["drills"][0];
+    assert_passed(drill);
+    assert!(drill["checks"].to_string().contains("but for pages that replay makes anew"), "{drill:#}");
+    assert!(drill["notes"].to_string().contains("records were replayed natively to"), "{drill:#}");
+    // Between the backup and the first step no checkpoint need have ended.
+    let lsn = site.waltide.json(["list"])[0]["stop_lsn"].as_str().unwrap().to_owned();
+    let answer = site.drill(0, &["--replay", "auto", "--target-lsn", &lsn]);
+    assert!(
+        answer["drills"][0]["notes"].to_string().contains("PostgreSQL replayed everything"),
+        "{answer:#}"
+    );
+    let answer = site.drill(1, &["--replay", "native", "--target-lsn", &lsn]);
+    let error = answer["drills"][0]["error"].to_string();
+    assert!(error.contains("cannot be replayed natively: no checkpoint lies between"), "{answer:#}");
+}

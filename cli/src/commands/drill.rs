@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use waltide_format::archive::{Catalog, DrillOutcome, DrillRecord, DrillVerdict, Rates};
-use waltide_replay::engines::postgres::{DrillRequest, DrillSource, drill, random_targets};
+use waltide_replay::engines::postgres::{DrillRequest, DrillSource, ReplayMode, drill, random_targets};
 use waltide_replay::{
     DrillReport, Goal, TargetAction, html, past_drills, random_seed, record_drill, summary, verdict_words,
 };
 use waltide_storage::Archive;
 
+use crate::commands::log::size;
 use crate::commands::restore::{GoalArgs, own_restore_command};
 use crate::context::{Context, find_backup};
 use crate::exit::Failure;
@@ -54,6 +55,12 @@ pub(crate) struct Args {
     /// Leave the restored cluster there
     #[arg(long)]
     keep_scratch: bool,
+    /// How the WAL is replayed: by PostgreSQL alone, native as far as possible, or native or not at all
+    #[arg(long, value_name = "auto|native|server", default_value = "server")]
+    replay: ReplayMode,
+    /// So much of the WAL native replay keeps in memory; the rest goes to a file
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
+    memory: u64,
     /// Where the programs of PostgreSQL lie
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
@@ -125,6 +132,8 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
         request.user.clone_from(&args.user);
         request.statement_timeout = Duration::from_secs(args.statement_timeout.into());
         request.threads = context.threads;
+        request.replay = args.replay;
+        request.memory = usize::try_from(args.memory).unwrap_or(usize::MAX);
         request.seed = seed;
         request.began = done.is_empty().then_some(began);
         request.series = done.first().map(|first| first.id.clone());

@@ -16,7 +16,7 @@ use waltide_storage::{Archive, Progress};
 
 use super::amcheck::Complaints;
 use super::conf_file::Settings;
-use super::forward::Replay;
+use super::forward::{Replay, ReplayMode, Replayed, choose_replay};
 use super::indexes::{ArchivedIndexes, SearchError};
 use super::install::{InstallError, Installation, ServerUser};
 use super::pages::check_pages;
@@ -61,6 +61,10 @@ pub struct DrillRequest {
     pub statement_timeout: Duration,
     /// How many threads to work with.
     pub threads: usize,
+    /// How the WAL is replayed.
+    pub replay: ReplayMode,
+    /// So many bytes of WAL native replay keeps in memory.
+    pub memory: usize,
     /// The command that brings WAL, with `%f` and `%p`.
     pub restore_command: String,
     /// What chose the target, where chance did.
@@ -85,6 +89,8 @@ impl DrillRequest {
             user: SUPERUSER.to_owned(),
             statement_timeout: Duration::from_secs(3600),
             threads: 1,
+            replay: ReplayMode::Server,
+            memory: 1 << 30,
             restore_command,
             seed: None,
             series: None,
@@ -103,6 +109,14 @@ pub enum DrillError {
     /// The WAL could not be looked through.
     #[error(transparent)]
     Search(#[from] SearchError),
+    /// Native replay was asked for and is not possible.
+    #[error(
+        "the WAL cannot be replayed natively: {because}\nhint: drill with --replay auto or --replay server"
+    )]
+    Replay {
+        /// Why not.
+        because: String,
+    },
     /// There is no server to start.
     #[error(transparent)]
     Install(#[from] InstallError),
@@ -142,7 +156,9 @@ impl DrillError {
             Self::Scratch(ScratchError::Ended { recovering, log, .. }) => {
                 *recovering && !log.contains("No space left on device")
             }
-            Self::Scratch(_) | Self::Install(_) | Self::Ask(_) | Self::Local { .. } => false,
+            Self::Scratch(_) | Self::Replay { .. } | Self::Install(_) | Self::Ask(_) | Self::Local { .. } => {
+                false
+            }
         };
         if archive { DrillVerdict::ArchiveAtFault } else { DrillVerdict::Failed }
     }
@@ -265,9 +281,14 @@ impl Drill<'_> {
         place.check_room(plan.base_bytes.saturating_add(plan.base_bytes / 20).saturating_add(wal_room))?;
 
         self.watch.phase("restore");
-        self.restore(&plan, &place, user).await?;
-        let detail = format!("{} files, {} bytes", plan.base_files, plan.base_bytes);
+        let replayed = self.restore(&plan, &place, user, &redirected).await?;
+        let but = if replayed.is_some() { ", but for pages that replay makes anew" } else { "" };
+        let detail = format!("{} files, {} bytes{but}", plan.base_files, plan.base_bytes);
         self.checks.hold("every checksum of the base backup", true, detail, DrillVerdict::ArchiveAtFault);
+        if let Some(replayed) = replayed {
+            let Replayed { redo, records, pages, .. } = replayed;
+            self.record.notes.push(format!("{records} records were replayed natively to {redo}, {pages} pages written; its time is part of restore's"));
+        }
 
         self.watch.phase("recovery");
         progress.phase("recover", Some(plan.wal_bytes));
@@ -354,7 +375,26 @@ impl Drill<'_> {
     }
 
     /// Puts the base backup into the place, every tablespace in it too.
-    async fn restore(&self, plan: &Plan, place: &ScratchPlace, user: ServerUser) -> Result<(), DrillError> {
+    async fn restore(
+        &mut self,
+        plan: &Plan,
+        place: &ScratchPlace,
+        user: ServerUser,
+        redirected: &Redirected,
+    ) -> Result<Option<Replayed>, DrillError> {
+        let DrillSource { archive, catalog, .. } = self.source;
+        let (mode, memory) = (self.request.replay, self.request.memory);
+        let replay = match redirected.segments.is_empty() {
+            true => choose_replay(archive, catalog, plan, mode, memory).await?,
+            // Native replay reads the segments as they are archived.
+            false => Replay::Server(Some("the WAL makes a tablespace outside the scratch place".to_owned())),
+        };
+        if let (Replay::Server(Some(because)), false) = (&replay, mode == ReplayMode::Server) {
+            if mode == ReplayMode::Native {
+                return Err(DrillError::Replay { because: because.clone() });
+            }
+            self.record.notes.push(format!("PostgreSQL replayed everything: {because}"));
+        }
         let spaces = place.directory("spaces")?;
         let moved = plan.tablespaces.iter().map(|t| (t.oid.to_string(), spaces.join(t.oid.to_string())));
         let options = RestoreOptions {
@@ -365,7 +405,7 @@ impl Drill<'_> {
             allow_clear: false,
             delta: false,
             standby: false,
-            replay: Replay::Server(None),
+            replay,
             // The server is given a configuration of our own; this one is only reported.
             archive_off: false,
             owner: user.owner().map(|(uid, gid)| Owner { uid, gid }),
@@ -375,8 +415,7 @@ impl Drill<'_> {
         };
         let DrillSource { archive, layout, progress, .. } = self.source;
         let restore = Restore::prepare(archive, layout, plan, options).await?;
-        restore.carry_out(progress).await?;
-        Ok(())
+        Ok(restore.carry_out(progress).await?.replayed)
     }
 
     /// What the scratch server is told, out of what the restore left in the data directory.

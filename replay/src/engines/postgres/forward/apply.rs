@@ -139,7 +139,7 @@ pub(super) fn pages(
                         Ok(written) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
-                            progress.advance(written.pages.saturating_mul(BLOCK_BYTES as u64));
+                            progress.advance(part.chain.bytes());
                         }
                         Err(e) => {
                             failed.store(true, Ordering::Relaxed);

@@ -103,6 +103,13 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// Bytes of what is kept of pages.
+    pub(super) fn page_bytes(&self) -> u64 {
+        let forks = self.relations.values().flat_map(|r| &r.0);
+        let parts = forks.flat_map(|fork| fork.parts.values());
+        parts.fold(0, |sum, part| sum.saturating_add(part.chain.bytes()))
+    }
+
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(&self, tag: PageTag) -> bool {
         let PageTag { relation, fork, block } = tag;

@@ -203,6 +203,8 @@ impl Ready {
         progress: &dyn Progress,
     ) -> Result<(Replayed, Vec<u8>), ForwardError> {
         let started = std::time::Instant::now();
+        let kept = self.log.stretches.iter().map(keep::Kept::page_bytes);
+        progress.phase("replay", Some(kept.fold(0, u64::saturating_add)));
         let control = ControlFile::decode(place.control)?;
         let files = apply::Files::new(place.data_dir, control, place.mode);
         let mut state = State::open(place.data_dir, place.tablespaces, &control)?;

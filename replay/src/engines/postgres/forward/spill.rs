@@ -83,6 +83,12 @@ impl Chain {
         self.buffer.is_empty() && self.chunks.is_empty()
     }
 
+    /// Bytes of all entries.
+    pub(super) fn bytes(&self) -> u64 {
+        let chunks = self.chunks.iter().map(|chunk| chunk.bytes as u64);
+        chunks.fold(self.buffer.len() as u64, u64::saturating_add)
+    }
+
     /// Adds an entry; how many bytes more are buffered.
     pub(super) fn push(&mut self, entry: &Entry<'_>) -> usize {
         let (how, argument) = match entry.how {

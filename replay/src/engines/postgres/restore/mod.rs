@@ -447,7 +447,6 @@ impl Restore {
         control: &[u8],
         progress: &dyn Progress,
     ) -> Result<(Replayed, Vec<u8>), ForwardError> {
-        progress.phase("replay", None);
         let group = self.manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
         let tablespaces = self.actions.tablespaces.iter().map(|t| (t.oid, t.to.clone())).collect();
         let forward_place = ForwardPlace {
