@@ -1,9 +1,10 @@
 use super::*;
+use crate::engines::postgres::cluster::History;
 use crate::engines::postgres::wal::testing::{
     RELATION, SYSTEM_ID, TestBlock, TestImage, WalBuilder, small_segments, system_id,
 };
 use crate::engines::postgres::wal::{Compression, RECORD_BYTES_MAX};
-use crate::ids::BLOCK_BYTES;
+use crate::ids::{BLOCK_BYTES, SystemId};
 use proptest::prelude::*;
 
 fn span_of(index: usize) -> SegmentSpan {
