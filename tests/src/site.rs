@@ -9,6 +9,7 @@ use waltide_format::SystemId;
 use waltide_format::archive::{Layout, StoredSegment, SystemLayout};
 
 use crate::oracle::ControlData;
+use crate::stored::Stored;
 use crate::{Cluster, ClusterBuilder, Scratch, Waltide};
 
 /// A test's archive with the cluster `main` in it, and the way to it.
@@ -45,6 +46,12 @@ impl Site {
         cluster
     }
 
+    /// The same of a cluster `db` with segments of 4 MiB, which `more` may change.
+    #[track_caller]
+    pub fn start_db(&self, more: impl FnOnce(ClusterBuilder) -> ClusterBuilder) -> Cluster {
+        self.start(more(self.builder("db").segment_mb(4)))
+    }
+
     /// Makes a cluster known to the archive.
     #[track_caller]
     pub fn init(&self, cluster: &Cluster) {
@@ -64,6 +71,18 @@ impl Site {
         let fixed = ["restore", "--data-dir", text(&data_dir), "--archive-mode", "off"];
         self.waltide.ok(fixed.iter().chain(target));
         let mut cluster = Cluster::with_data_dir(name, &self.scratch, &data_dir);
+        cluster.start();
+        cluster.wait_promoted();
+        cluster
+    }
+
+    /// A backup, by what the command that made it printed, put together without the code that restores, started and
+    /// recovered to the end of the archive.
+    #[track_caller]
+    pub fn materialised(&self, stored: &Stored, backup: &Value, name: &str) -> Cluster {
+        let id = backup["id"].as_str().and_then(|id| id.parse().ok()).expect("it names the backup");
+        let manifest = stored.manifest(&id);
+        let mut cluster = stored.materialise(&manifest, &self.scratch, name, &self.waltide.restore_command());
         cluster.start();
         cluster.wait_promoted();
         cluster

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,32 +11,17 @@ use waltide_format::archive::{BackupKind, Layout};
 use waltide_storage::{Archive, ArchiveUrl, Faults, NoProgress};
 use waltide_tests::stored::Stored;
 use waltide_tests::workload::Journal;
-use waltide_tests::{Background, Cluster, ClusterBuilder, Output, Scratch, StopMode, Waltide};
+use waltide_tests::{Background, Cluster, Output, Site, StopMode};
 
-/// An archive, and the binary that writes to it.
-struct Site {
-    scratch: Scratch,
-    archive: PathBuf,
-    waltide: Waltide,
+/// What these tests do with an archive.
+trait Backups {
+    fn backup_args(&self, cluster: &Cluster, more: &[&str]) -> Vec<String>;
+    fn backup(&self, cluster: &Cluster, more: &[&str]) -> serde_json::Value;
+    fn refused(&self, cluster: &Cluster, more: &[&str]) -> Output;
+    fn stored(&self, cluster: &Cluster) -> Stored;
 }
 
-impl Site {
-    fn new(label: &str) -> Self {
-        let scratch = Scratch::new(label);
-        let archive = scratch.dir("archive");
-        let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
-        Self { scratch, archive, waltide }
-    }
-
-    /// A cluster that ships to the archive.
-    fn start(&self, builder: impl FnOnce(ClusterBuilder) -> ClusterBuilder) -> Cluster {
-        let base = Cluster::builder("db").scratch(&self.scratch).segment_mb(4);
-        let mut cluster = builder(base.archive_command(&self.waltide.archive_command())).create();
-        self.waltide.ok(["init", "--data-dir", cluster.data_dir().to_str().unwrap()]);
-        cluster.start();
-        cluster
-    }
-
+impl Backups for Site {
     fn backup_args(&self, cluster: &Cluster, more: &[&str]) -> Vec<String> {
         let mut args = vec!["backup".to_owned(), "--data-dir".to_owned()];
         args.push(cluster.data_dir().display().to_string());
@@ -57,16 +41,6 @@ impl Site {
 
     fn stored(&self, cluster: &Cluster) -> Stored {
         Stored::of(cluster, &self.archive)
-    }
-
-    /// A backup, started from its files and recovered to the end of the archive.
-    #[track_caller]
-    fn restore(&self, stored: &Stored, backup: &serde_json::Value, name: &str) -> Cluster {
-        let manifest = stored.manifest(&id(backup));
-        let mut cluster = stored.materialise(&manifest, &self.scratch, name, &self.waltide.restore_command());
-        cluster.start();
-        cluster.wait_promoted();
-        cluster
     }
 }
 
@@ -96,7 +70,7 @@ fn script(cluster: &Cluster, name: &str, text: &str, args: &[&str]) -> Backgroun
 #[test]
 fn a_backup_under_load_comes_back_as_the_database_was() {
     let site = Site::new("backup-load");
-    let cluster = site.start(|b| b.setting("max_wal_size", "64MB").setting("checkpoint_timeout", "30s"));
+    let cluster = site.start_db(|b| b.setting("max_wal_size", "64MB").setting("checkpoint_timeout", "30s"));
     for name in ["fast", "slow"] {
         cluster.create_tablespace(name);
     }
@@ -167,7 +141,7 @@ fn a_backup_under_load_comes_back_as_the_database_was() {
     }
     for answer in [&answers[0], &answers[2]] {
         let name = format!("restored-{}", answer["id"].as_str().unwrap());
-        let mut restored = site.restore(&stored, answer, &name);
+        let mut restored = site.materialised(&stored, answer, &name);
         assert_eq!(digests(&restored), expected);
         assert_eq!(
             restored.query("select (select count(*) from volatile) + (select count(*) from volatile_here)"),
@@ -187,7 +161,7 @@ fn a_backup_under_load_comes_back_as_the_database_was() {
 #[test]
 fn the_files_are_those_that_pg_basebackup_takes() {
     let site = Site::new("backup-files");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     cluster.create_tablespace("space");
     cluster.query(
         "create table t (id int) tablespace space; create unlogged table u (id int primary key);
@@ -253,7 +227,7 @@ fn walk(
 #[test]
 fn a_damaged_page_is_named_and_the_backup_goes_on_unless_told_otherwise() {
     let site = Site::new("backup-damage");
-    let mut cluster = site.start(|b| b);
+    let mut cluster = site.start_db(|b| b);
     cluster.query("create table t as select generate_series(1, 10000) as id; checkpoint");
     let file = cluster.query("select pg_relation_filepath('t')");
     cluster.stop(StopMode::Fast);
@@ -288,7 +262,7 @@ fn a_damaged_page_is_named_and_the_backup_goes_on_unless_told_otherwise() {
 #[test]
 fn a_connection_to_another_server_is_refused() {
     let site = Site::new("backup-other");
-    let mut cluster = site.start(|b| b);
+    let mut cluster = site.start_db(|b| b);
     let other = Cluster::builder("other").scratch(&site.scratch).start();
     let standby = cluster.make_standby("standby");
     let directory = cluster.data_dir().display().to_string();
@@ -323,7 +297,7 @@ fn a_connection_to_another_server_is_refused() {
 #[test]
 fn configuration_that_lies_elsewhere_is_taken_along() {
     let site = Site::new("backup-config");
-    let mut cluster = site.start(|b| b);
+    let mut cluster = site.start_db(|b| b);
     cluster.stop(StopMode::Fast);
     // As pg_createcluster puts it: nothing in the data directory, and a directory of pieces.
     let etc = site.scratch.dir("etc");
@@ -369,7 +343,7 @@ fn configuration_that_lies_elsewhere_is_taken_along() {
 #[test]
 fn a_standby_can_be_backed_up() {
     let site = Site::new("backup-standby");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     let mut journal = Journal::create(&cluster);
     journal.steps_on(&cluster, 5);
     let standby = cluster.make_standby("standby");
@@ -393,14 +367,14 @@ fn a_standby_can_be_backed_up() {
     assert_eq!(answer["from_standby"], true);
     journal.steps_on(&cluster, 5);
     cluster.archive_all();
-    let restored = site.restore(&stored, &answer, "restored");
+    let restored = site.materialised(&stored, &answer, "restored");
     journal.assert_exactly_up_to(&restored, journal.len());
 }
 
 #[test]
 fn an_interrupted_backup_leaves_nothing_half_visible() {
     let site = Site::new("backup-kill");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     let stored = site.stored(&cluster);
     let started = Instant::now();
     site.backup(&cluster, &[]);
@@ -438,7 +412,7 @@ fn an_interrupted_backup_leaves_nothing_half_visible() {
 #[test]
 fn a_failure_of_any_call_to_the_archive_leaves_nothing_half_visible() {
     let site = Site::new("backup-faults");
-    let cluster = site.start(|b| b.segment_mb(1));
+    let cluster = site.start_db(|b| b.segment_mb(1));
     cluster.query("create table t as select generate_series(1, 100) as id");
     let stored = site.stored(&cluster);
     let url: ArchiveUrl = site.archive.to_str().unwrap().parse().unwrap();
@@ -506,7 +480,7 @@ fn a_failure_of_any_call_to_the_archive_leaves_nothing_half_visible() {
 #[test]
 fn two_backups_at_once_are_both_whole() {
     let site = Site::new("backup-two");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     let mut journal = Journal::create(&cluster);
     journal.steps_on(&cluster, 3);
     let args = site.backup_args(&cluster, &["--json"]);
@@ -517,7 +491,7 @@ fn two_backups_at_once_are_both_whole() {
     journal.steps_on(&cluster, 3);
     cluster.archive_all();
     for (n, answer) in answers.iter().enumerate() {
-        let restored = site.restore(&site.stored(&cluster), answer, &format!("restored-{n}"));
+        let restored = site.materialised(&site.stored(&cluster), answer, &format!("restored-{n}"));
         journal.assert_exactly_up_to(&restored, 6);
     }
 }
@@ -525,7 +499,7 @@ fn two_backups_at_once_are_both_whole() {
 #[test]
 fn what_the_backup_waits_for_is_said() {
     let site = Site::new("backup-waits");
-    let mut cluster = site.start(|b| b);
+    let mut cluster = site.start_db(|b| b);
     cluster.set("archive_command", "false");
     cluster.reload();
     let late = site.refused(&cluster, &["--archive-timeout", "2"]);
@@ -539,7 +513,7 @@ fn what_the_backup_waits_for_is_said() {
 #[test]
 fn a_backup_whose_wal_is_damaged_in_the_archive_is_none() {
     let site = Site::new("backup-bad-wal");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     cluster.query("create table t as select generate_series(1, 1000) as id");
     cluster.archive_all();
     // From here on every segment is changed on its way, and admitted by force.

@@ -6,30 +6,15 @@ use std::path::{Path, PathBuf};
 
 use waltide_tests::stored::Stored;
 use waltide_tests::workload::Journal;
-use waltide_tests::{Cluster, ClusterBuilder, Output, Scratch, StopMode, Waltide};
+use waltide_tests::{Cluster, Output, Site, StopMode};
 
-struct Site {
-    scratch: Scratch,
-    archive: PathBuf,
-    waltide: Waltide,
+/// What these tests do with an archive.
+trait Imports {
+    fn import(&self, dir: &Path, more: &[&str]) -> serde_json::Value;
+    fn refused(&self, dir: &Path, more: &[&str]) -> Output;
 }
 
-impl Site {
-    fn new(label: &str) -> Self {
-        let scratch = Scratch::new(label);
-        let archive = scratch.dir("archive");
-        let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
-        Self { scratch, archive, waltide }
-    }
-
-    fn start(&self, builder: impl FnOnce(ClusterBuilder) -> ClusterBuilder) -> Cluster {
-        let base = Cluster::builder("db").scratch(&self.scratch).segment_mb(4);
-        let mut cluster = builder(base.archive_command(&self.waltide.archive_command())).create();
-        self.waltide.ok(["init", "--data-dir", cluster.data_dir().to_str().unwrap()]);
-        cluster.start();
-        cluster
-    }
-
+impl Imports for Site {
     #[track_caller]
     fn import(&self, dir: &Path, more: &[&str]) -> serde_json::Value {
         self.waltide.json([&["import", dir.to_str().unwrap()], more].concat())
@@ -39,21 +24,12 @@ impl Site {
     fn refused(&self, dir: &Path, more: &[&str]) -> Output {
         self.waltide.fails(1, [&["import", dir.to_str().unwrap()], more].concat())
     }
-
-    #[track_caller]
-    fn restore(&self, stored: &Stored, backup: &serde_json::Value, name: &str) -> Cluster {
-        let manifest = stored.manifest(&backup["id"].as_str().unwrap().parse().unwrap());
-        let mut cluster = stored.materialise(&manifest, &self.scratch, name, &self.waltide.restore_command());
-        cluster.start();
-        cluster.wait_promoted();
-        cluster
-    }
 }
 
 #[test]
 fn every_form_of_a_base_backup_comes_back_as_the_database_was() {
     let site = Site::new("import-forms");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     let stored = Stored::of(&cluster, &site.archive);
     for name in ["one", "two"] {
         cluster.create_tablespace(name);
@@ -89,7 +65,7 @@ fn every_form_of_a_base_backup_comes_back_as_the_database_was() {
             (&name.into(), &serde_json::json!([]))
         );
         assert_eq!(answer["tablespaces"].as_array().unwrap().len(), 2, "{answer}");
-        let mut restored = site.restore(&stored, &answer, &format!("{name}-restored"));
+        let mut restored = site.materialised(&stored, &answer, &format!("{name}-restored"));
         journal.assert_exactly_up_to(&restored, journal.len());
         assert_eq!(restored.query(balance), expected, "{name}");
         restored.stop(StopMode::Fast);
@@ -105,7 +81,7 @@ fn every_form_of_a_base_backup_comes_back_as_the_database_was() {
 #[test]
 fn a_backup_brings_its_own_wal_along() {
     let site = Site::new("import-wal");
-    let mut cluster = site.start(|b| b.archive_command("false"));
+    let mut cluster = site.start_db(|b| b.archive_command("false"));
     let mut journal = Journal::create(&cluster);
     journal.steps_on(&cluster, 3);
     let stored = Stored::of(&cluster, &site.archive);
@@ -120,7 +96,7 @@ fn a_backup_brings_its_own_wal_along() {
     assert!(refused.stderr.contains(".backup is not in the archive"), "{refused:?}");
     let answers = [site.import(&tar, &[]), site.import(&plain, &[])];
     for (answer, rows) in answers.iter().zip([3, 6]) {
-        let restored = site.restore(&stored, answer, &format!("restored-{rows}"));
+        let restored = site.materialised(&stored, answer, &format!("restored-{rows}"));
         journal.assert_exactly_up_to(&restored, rows);
     }
     // A site that moves over: from here on the server ships itself, its backlog first.
@@ -133,7 +109,7 @@ fn a_backup_brings_its_own_wal_along() {
     assert_eq!(from_standby["from_standby"], true);
     let bare = site.import(&bare, &["--no-manifest"]);
     for (n, answer) in [&answers[0], &bare, &from_standby].into_iter().enumerate() {
-        let restored = site.restore(&stored, answer, &format!("later-{n}"));
+        let restored = site.materialised(&stored, answer, &format!("later-{n}"));
         journal.assert_exactly_up_to(&restored, 9);
     }
     cluster.stop(StopMode::Fast);
@@ -142,7 +118,7 @@ fn a_backup_brings_its_own_wal_along() {
 #[test]
 fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
     let site = Site::new("import-refused");
-    let cluster = site.start(|b| b);
+    let cluster = site.start_db(|b| b);
     cluster.query("create table t as select generate_series(1, 10000) as id");
     let file = cluster.query("select pg_relation_filepath('t')");
     let good = cluster.base_backup("good", &["-X", "stream"]);

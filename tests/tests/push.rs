@@ -7,80 +7,28 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use waltide_archiver::engines::postgres::push::{DEFAULT_LEVEL, Outcome, PushRequest, push};
-use waltide_format::archive::{Ending, Layout, StoredSegment, SystemLayout, WalFile};
-use waltide_format::{SegmentName, SystemId};
+use waltide_format::SegmentName;
+use waltide_format::archive::{Ending, Layout, StoredSegment, WalFile};
 use waltide_storage::{Archive, Faults};
 use waltide_tests::oracle::{ControlData, Waldump};
-use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode, Waltide, poll_until};
+use waltide_tests::site::read_dir;
+use waltide_tests::{Cluster, ClusterBuilder, Site, StopMode, Waltide, poll_until};
 
-/// An archive, the binary that ships to it, and where everything lies.
-struct Site {
-    scratch: Scratch,
-    archive: PathBuf,
-    waltide: Waltide,
+/// A cluster that keeps its WAL.
+fn builder(site: &Site, name: &str) -> ClusterBuilder {
+    Cluster::builder(name).scratch(&site.scratch).setting("wal_keep_size", "4GB")
 }
 
-impl Site {
-    fn new(label: &str) -> Self {
-        let scratch = Scratch::new(label);
-        let archive = scratch.dir("archive");
-        let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
-        Self { scratch, archive, waltide }
-    }
-
-    fn builder(&self, name: &str) -> ClusterBuilder {
-        Cluster::builder(name).scratch(&self.scratch).setting("wal_keep_size", "4GB")
-    }
-
-    /// A cluster that is in the archive and ships to it, not yet started.
-    fn create(&self, builder: ClusterBuilder) -> Cluster {
-        let cluster = builder.archive_command(&self.waltide.archive_command()).create();
-        self.init(&cluster);
-        cluster
-    }
-
-    fn init(&self, cluster: &Cluster) {
-        self.waltide.ok(["init", "--data-dir", cluster.data_dir().to_str().unwrap()]);
-    }
-
-    fn layout(&self, cluster: &Cluster) -> SystemLayout {
-        let id = ControlData::read(cluster.data_dir()).system_identifier();
-        Layout::new("main").unwrap().system(SystemId::from(id))
-    }
-
-    /// Ships a file as PostgreSQL does, in the data directory.
-    fn push_in(&self, cluster: &Cluster) -> Waltide {
-        self.waltide.clone().current_dir(cluster.data_dir())
-    }
-
-    fn object(&self, cluster: &Cluster, file: &str) -> PathBuf {
-        self.archive.join(self.layout(cluster).wal_file(file.parse().unwrap()))
-    }
-
-    /// Every stored segment and `.partial` of a cluster, whole and checked, by object name.
-    fn stored(&self, cluster: &Cluster) -> BTreeMap<String, StoredSegment> {
-        let mut found = BTreeMap::new();
-        for timeline in read_dir(&self.archive.join(self.layout(cluster).wal())) {
-            for object in read_dir(&timeline) {
-                let name = object.file_name().unwrap().to_str().unwrap().to_owned();
-                if !name.contains(".backup") && !name.contains('#') {
-                    let bytes = fs::read(&object).unwrap();
-                    let stored = StoredSegment::decode(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
-                    found.insert(name, stored);
-                }
-            }
-        }
-        found
-    }
+/// A cluster that is in the archive and ships to it, not yet started.
+fn create(site: &Site, builder: ClusterBuilder) -> Cluster {
+    let cluster = builder.archive_command(&site.waltide.archive_command()).create();
+    site.init(&cluster);
+    cluster
 }
 
-fn read_dir(dir: &Path) -> Vec<PathBuf> {
-    if !dir.is_dir() {
-        return Vec::new();
-    }
-    let mut paths: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
-    paths.sort();
-    paths
+/// Ships a file as PostgreSQL does, in the data directory.
+fn push_in(site: &Site, cluster: &Cluster) -> Waltide {
+    site.waltide.clone().current_dir(cluster.data_dir())
 }
 
 /// Every pair of neighbours among the stored segments of one timeline joins, and none has a fault.
@@ -108,7 +56,7 @@ fn assert_chain(stored: &BTreeMap<String, StoredSegment>) {
 fn a_cluster_under_load_is_archived_whole() {
     for (mb, seconds) in [(1, "4"), (64, "3")] {
         let site = Site::new("load");
-        let mut cluster = site.create(site.builder("db").segment_mb(mb));
+        let mut cluster = create(&site, builder(&site, "db").segment_mb(mb));
         cluster.start();
         cluster.pgbench_init(4);
         cluster.pgbench(&["-c", "4", "-j", "2", "-T", seconds]);
@@ -117,7 +65,7 @@ fn a_cluster_under_load_is_archived_whole() {
         let last = cluster.archive_all();
         let statistics = cluster.query("select archived_count, failed_count from pg_stat_archiver");
         assert!(statistics.ends_with("|0"), "{statistics}\n{}", cluster.log_tail());
-        let stored = site.stored(&cluster);
+        let stored = site.segments(&cluster);
         assert_chain(&stored);
         assert!(stored.contains_key(&last));
         for (name, segment) in &stored {
@@ -136,7 +84,7 @@ fn a_cluster_under_load_is_archived_whole() {
             .count();
         assert_eq!(commits, theirs);
         // The backup's note went along.
-        let notes: Vec<_> = read_dir(&site.archive.join(site.layout(&cluster).wal()).join("00000001"))
+        let notes: Vec<_> = read_dir(&site.archive.join(site.names(&cluster).wal()).join("00000001"))
             .into_iter()
             .filter(|path| path.extension().is_some_and(|e| e == "backup"))
             .collect();
@@ -155,7 +103,7 @@ struct Lab {
 impl Lab {
     fn new(label: &str) -> Self {
         let site = Site::new(label);
-        let mut cluster = site.builder("db").create();
+        let mut cluster = builder(&site, "db").create();
         site.init(&cluster);
         cluster.start();
         cluster.pgbench_init(1);
@@ -302,7 +250,7 @@ fn a_fault_is_archived_only_when_that_is_forced_and_is_noted() {
     lab.site.waltide.fails(1, ["push", path]);
     let forced = lab.site.waltide.json(["push", path, "--force-admit"]);
     assert_eq!(forced["outcome"], "stored");
-    let stored = &lab.site.stored(&lab.cluster)[name];
+    let stored = &lab.site.segments(&lab.cluster)[name];
     assert!(stored.wal == wal);
     assert_eq!(stored.index.info.ending, Ending::Fault);
     assert_eq!(stored.index.faults.len(), 1);
@@ -320,7 +268,7 @@ fn a_fault_is_archived_only_when_that_is_forced_and_is_noted() {
     let name = lab.segments[5].as_str();
     let path = lab.file(name, &lab.wal(5)[..100_000]);
     lab.site.waltide.ok(["push", path.to_str().unwrap(), "--force-admit"]);
-    let stored = &lab.site.stored(&lab.cluster)[name];
+    let stored = &lab.site.segments(&lab.cluster)[name];
     assert_eq!(stored.index.info.ending, Ending::Fault);
     assert_eq!(stored.index.faults[0].message, "it has 100000 bytes, a segment has 1048576");
     assert!(stored.index.info.records > 0);
@@ -379,7 +327,7 @@ fn the_same_file_twice_is_a_success_and_changes_nothing() {
     }
     let other = lab.file("00000002.history", b"1\t0/3000000\tno recovery target specified\n");
     let out = lab.site.waltide.fails(1, ["push", other.to_str().unwrap()]);
-    let object = lab.site.layout(&lab.cluster).wal_file("00000002.history".parse().unwrap());
+    let object = lab.site.names(&lab.cluster).wal_file("00000002.history".parse().unwrap());
     let says = format!("00000002.history is already archived with different contents, as {object}");
     assert!(out.stderr.contains(&says), "{}", out.describe());
 
@@ -416,14 +364,14 @@ fn a_longer_copy_lies_beside_the_shorter_and_a_divergence_is_an_error() {
     assert!(longer["object"].as_str().unwrap().contains(&format!("/{name}@0000")), "{longer}");
     assert_eq!(push(&cut(90, Some(&old)))["outcome"], "contained");
     assert_eq!(push(&cut(60, None))["outcome"], "contained");
-    let stored = lab.site.stored(&lab.cluster);
+    let stored = lab.site.segments(&lab.cluster);
     let ends: Vec<_> = stored.values().map(|s| (s.index.info.ending, s.index.faults.len())).collect();
     assert_eq!(ends, [(Ending::EndOfLog, 0); 2]);
     // The whole segment is another name.
     assert_eq!(push(&lab.file(&segment, &wal))["outcome"], "stored");
 
     // Another record in the same place: made by the same server after its data directory was put back.
-    let mut cluster = lab.site.builder("again").create();
+    let mut cluster = builder(&lab.site, "again").create();
     let again = |cluster: &mut Cluster| {
         cluster.start();
         cluster.pgbench_init(1);
@@ -439,7 +387,7 @@ fn a_longer_copy_lies_beside_the_shorter_and_a_divergence_is_an_error() {
     let file = |cluster: &Cluster| cluster.data_dir().join("pg_wal").join(&name);
     assert_eq!(push(&file(&cluster))["outcome"], "stored");
     let out = lab.site.waltide.fails(1, ["push", file(&twin).to_str().unwrap()]);
-    let object = lab.site.layout(&cluster).wal_file(name.parse().unwrap());
+    let object = lab.site.names(&cluster).wal_file(name.parse().unwrap());
     let says = format!("{name} is already archived with different contents: it differs from {object} at 0/");
     assert!(out.stderr.contains(&says), "{}", out.describe());
     assert!(out.stderr.contains("two servers may be archiving the same timeline"), "{}", out.describe());
@@ -448,7 +396,7 @@ fn a_longer_copy_lies_beside_the_shorter_and_a_divergence_is_an_error() {
 #[test]
 fn nothing_is_refused_after_promotions() {
     let site = Site::new("promotions");
-    let mut primary = site.create(site.builder("primary"));
+    let mut primary = create(&site, builder(&site, "primary"));
     primary.start();
     primary.pgbench_init(2);
     let mut standbys = Vec::new();
@@ -476,7 +424,7 @@ fn nothing_is_refused_after_promotions() {
         primary.stop(StopMode::Fast);
         standbys.push(std::mem::replace(&mut primary, standby));
     }
-    let stored = site.stored(&primary);
+    let stored = site.segments(&primary);
     assert_chain(&stored);
     let names: Vec<&str> = stored.keys().map(String::as_str).collect();
     for timeline in ["00000002", "00000003", "00000004"] {
@@ -491,7 +439,7 @@ fn nothing_is_refused_after_promotions() {
 #[test]
 fn nothing_is_refused_after_crashes() {
     let site = Site::new("crashes");
-    let mut cluster = site.create(site.builder("db").setting("wal_writer_flush_after", "0"));
+    let mut cluster = create(&site, builder(&site, "db").setting("wal_writer_flush_after", "0"));
     cluster.start();
     cluster.pgbench_init(2);
     // Large records run over several pages and over segments' edges, and a crash cuts them off there.
@@ -511,7 +459,7 @@ fn nothing_is_refused_after_crashes() {
     }
     let last = cluster.archive_all();
     assert_eq!(cluster.query("select failed_count from pg_stat_archiver"), "0", "{}", cluster.log_tail());
-    let stored = site.stored(&cluster);
+    let stored = site.segments(&cluster);
     assert!(stored.contains_key(&last));
     assert_chain(&stored);
     let overwrites = stored.values().filter(|s| s.index.info.overwrites_contrecord).count();
@@ -521,7 +469,7 @@ fn nothing_is_refused_after_crashes() {
 #[test]
 fn a_standby_that_archives_what_its_primary_archives_is_welcome() {
     let site = Site::new("always");
-    let mut primary = site.create(site.builder("primary"));
+    let mut primary = create(&site, builder(&site, "primary"));
     primary.start();
     primary.pgbench_init(1);
     let mut standby = primary.make_standby("standby");
@@ -539,7 +487,7 @@ fn a_standby_that_archives_what_its_primary_archives_is_welcome() {
         let statistics = cluster.query("select archived_count > 5, failed_count from pg_stat_archiver");
         assert_eq!(statistics, "t|0", "{}", cluster.log_tail());
     }
-    let stored = site.stored(&primary);
+    let stored = site.segments(&primary);
     assert_chain(&stored);
     assert!(stored.keys().all(|name| !name.contains('@')), "{:?}", stored.keys());
 }
@@ -553,7 +501,7 @@ fn ready(cluster: &Cluster) -> Vec<String> {
 
 /// A cluster whose archiver fails, so that a backlog of segments is ready.
 fn with_backlog(site: &Site) -> Cluster {
-    let cluster = site.builder("db").archive_command("/bin/false").start();
+    let cluster = builder(site, "db").archive_command("/bin/false").start();
     site.init(&cluster);
     cluster.pgbench_init(2);
     cluster.switch_wal();
@@ -572,14 +520,14 @@ fn neighbours_that_are_ready_go_along_and_only_postgresql_marks_them() {
     let mut bytes = whole.clone();
     bytes[8192 * 5] ^= 1;
     fs::write(&broken, &bytes).unwrap();
-    let push = site.push_in(&cluster);
+    let push = push_in(&site, &cluster);
     let out = push.ok(["push", &format!("pg_wal/{}", before[2]), "-v"]);
     assert!(
         out.stderr.contains(&format!("{} did not go along: {} is refused", before[6], before[6])),
         "{out:?}"
     );
     assert_eq!(ready(&cluster), before, "only PostgreSQL renames .ready");
-    let stored = site.stored(&cluster);
+    let stored = site.segments(&cluster);
     let expected: Vec<&String> = before.iter().filter(|name| **name != before[6]).take(32).collect();
     assert_eq!(stored.keys().collect::<Vec<_>>(), expected);
     // Its own run says it.
@@ -592,7 +540,7 @@ fn neighbours_that_are_ready_go_along_and_only_postgresql_marks_them() {
     cluster.set("archive_command", &site.waltide.archive_command());
     cluster.reload();
     cluster.archive_all();
-    assert_chain(&site.stored(&cluster));
+    assert_chain(&site.segments(&cluster));
     assert_eq!(ready(&cluster), Vec::<String>::new());
     cluster.stop(StopMode::Fast);
 }
@@ -613,9 +561,9 @@ fn watch_ships_the_backlog_and_what_follows_through_kills_and_an_archive_that_go
     // Killed while it ships the backlog, again and again.
     for _ in 0..10 {
         let running = watch();
-        let count = site.stored(&cluster).len();
+        let count = site.segments(&cluster).len();
         poll_until("a segment is shipped", Duration::from_secs(30), || {
-            (ready(&cluster).len() <= count || site.stored(&cluster).len() > count).then_some(())
+            (ready(&cluster).len() <= count || site.segments(&cluster).len() > count).then_some(())
         });
         running.kill9();
     }
@@ -648,7 +596,7 @@ fn watch_ships_the_backlog_and_what_follows_through_kills_and_an_archive_that_go
     assert_eq!(out.status, 0, "{}", out.describe());
     assert!(out.stderr.contains("the archive takes files again"), "{}", out.describe());
     assert!(out.stdout.contains("shipped "), "{}", out.describe());
-    assert_chain(&site.stored(&cluster));
+    assert_chain(&site.segments(&cluster));
 
     // archive_command finds it all there; an interrupt stops a watch as well.
     let running = watch();
@@ -704,7 +652,7 @@ fn whichever_call_to_the_archive_fails_nothing_is_half_there_and_a_retry_works()
     ];
     for (name, bytes, before) in cases {
         let path = lab.file(name, &bytes);
-        let wal_dir = lab.site.archive.join(lab.site.layout(&lab.cluster).wal());
+        let wal_dir = lab.site.archive.join(lab.site.names(&lab.cluster).wal());
         let mut failures = 0;
         for kind in [Faults::fail_call, Faults::lose_ack, Faults::torn_write, Faults::down_from] {
             for n in 1.. {
@@ -721,7 +669,7 @@ fn whichever_call_to_the_archive_fails_nothing_is_half_there_and_a_retry_works()
                         .unwrap_or(0),
                     false => lab
                         .site
-                        .stored(&lab.cluster)
+                        .segments(&lab.cluster)
                         .values()
                         .filter(|s| s.wal == bytes || before.as_ref() == Some(&s.wal))
                         .count(),
@@ -801,7 +749,7 @@ fn a_push_killed_at_any_instant_loses_nothing_and_leaves_nothing_half_done() {
             }
         }
         lab.site.waltide.ok(["push", path]);
-        assert!(lab.site.stored(&lab.cluster)[name].wal == lab.wal(4), "round {round}, seed {seed}");
+        assert!(lab.site.segments(&lab.cluster)[name].wal == lab.wal(4), "round {round}, seed {seed}");
     }
     assert!(killed >= 170 && absent > 20, "{killed} killed, {absent} absent, {whole} whole");
 }
@@ -809,7 +757,7 @@ fn a_push_killed_at_any_instant_loses_nothing_and_leaves_nothing_half_done() {
 #[test]
 fn doctor_follows_a_segment_and_says_what_is_wrong() {
     let site = Site::new("doctor");
-    let mut cluster = site.create(site.builder("db"));
+    let mut cluster = create(&site, builder(&site, "db"));
     cluster.start();
     cluster.set("archive_timeout", "60s");
     cluster.reload();
@@ -833,7 +781,7 @@ fn doctor_follows_a_segment_and_says_what_is_wrong() {
     assert_eq!(result(&quiet, "round trip").0, "ok");
     let text = site.waltide.ok(arguments).stdout;
     assert!(text.starts_with("result   check"), "{text}");
-    let leftovers: Vec<_> = read_dir(&site.archive.join(site.layout(&cluster).prefix()))
+    let leftovers: Vec<_> = read_dir(&site.archive.join(site.names(&cluster).prefix()))
         .into_iter()
         .filter(|path| path.to_string_lossy().contains("probe"))
         .collect();
