@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use waltide_archiver::catalog::{Known, load};
 use waltide_format::archive::{Layout, Rates};
-use waltide_replay::engines::postgres::{ArchivedIndexes, find_moment, made_tablespaces};
+use waltide_replay::engines::postgres::{
+    ArchivedIndexes, ReplayMode, ReplayPlan, choose_replay, find_moment, made_tablespaces,
+};
 use waltide_replay::{Goal, Loss, Moment, MomentRequest, Plan, TargetTimeline, plan};
 use waltide_storage::{Archive, ArchiveUrl, Faults};
 use waltide_tests::stored::Stored;
@@ -125,9 +127,9 @@ impl Site {
         stored.path(&stored.names().merged())
     }
 
-    /// The moment before a table was dropped and the plan of a restore to it, with the tablespaces that it makes; and how
-    /// many calls of the archive that took.
-    fn find(&self, table: &str) -> (Moment, Plan, u64) {
+    /// The moment before a table was dropped, the plan of a restore to it and how it would replay; and how many calls of the
+    /// archive that took.
+    fn find(&self, table: &str) -> (Moment, (Plan, ReplayPlan), u64) {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let url: ArchiveUrl = text(&self.scratch.join("archive")).parse().unwrap();
         let faults = Faults::none();
@@ -145,7 +147,9 @@ impl Site {
             let planned = plan(&catalog, &goal, None, Rates::default(), &source).await.unwrap();
             let made = made_tablespaces(&counted, &layout, &catalog, &planned).await.unwrap();
             assert!(made.is_empty(), "{made:?}");
-            (moment, planned)
+            let (mode, memory) = (ReplayMode::Auto, 1 << 30);
+            let replay = choose_replay(&counted, &layout, &catalog, &planned, mode, memory).await.unwrap();
+            (moment, (planned, ReplayPlan::from(&replay)))
         });
         (moment, plan, faults.calls())
     }

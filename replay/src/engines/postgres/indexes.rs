@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use waltide_format::archive::{
-    FileEvent, MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
+    MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
     StoredSegment, SystemLayout,
 };
 use waltide_format::engines::postgres::catalogue::CatalogueFiles;
@@ -88,17 +88,17 @@ impl ArchivedIndexes {
         Ok(index)
     }
 
-    /// What happened to files, of those steps that merged indexes tell of.
-    pub(super) async fn file_events(
+    /// A list out of the indexes of those steps that merged indexes tell of; one that every step of those has.
+    pub(super) async fn merged_lists(
         &self,
         steps: &[&Step<'_>],
-    ) -> Result<Vec<Cover<Vec<FileEvent>>>, SearchError> {
+        section: MergedSection,
+    ) -> Result<Vec<Cover<SegmentIndex>>, SearchError> {
         let Some(layout) = &self.merged else { return Ok(Vec::new()) };
         let covers = Covers { archive: &self.archive, layout, steps };
-        let section = MergedSection::FileEvents;
         let read = move |directory: &MergedDirectory, stored: &[Vec<u8>]| {
             let stored = stored.first().map(Vec::as_slice).unwrap_or_default();
-            directory.read_lists(&[(section, stored)]).map(|lists| Some(lists.file_events))
+            directory.read_lists(&[(section, stored)]).map(Some)
         };
         covers.find(&[section], read, |_, _| true).await
     }

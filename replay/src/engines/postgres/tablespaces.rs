@@ -5,7 +5,9 @@ use std::path::Path;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::Lsn;
-use waltide_format::archive::{Catalog, FileEvent, FileEventKind, Layout, Run, Step, Tablespace};
+use waltide_format::archive::{
+    Catalog, FileEvent, FileEventKind, Layout, MergedSection, Run, Step, Tablespace,
+};
 use waltide_format::engines::postgres::wal::{
     RedirectedTablespace, SegmentBytes, TablespaceRecord, make_tablespace_in_place,
 };
@@ -77,11 +79,11 @@ async fn creations(
     let steps: Vec<_> = run.steps.iter().take_while(|step| step.start() < until).collect();
     let mut found: Vec<(Lsn, Tablespace)> = Vec::new();
     let mut covered = vec![false; steps.len()];
-    for cover in indexes.file_events(&steps).await? {
+    for cover in indexes.merged_lists(&steps, MergedSection::FileEvents).await? {
         let Some([first, .., last]) = steps.get(cover.steps.clone()) else { continue };
         // It may go on behind a fork, and have begun before what is wanted of it.
         let here = |record: Lsn| record < last.usable_end && (cover.from_first || record >= first.start());
-        found.extend(made_in(cover.told).filter(|(record, _)| here(*record)));
+        found.extend(made_in(cover.told.file_events).filter(|(record, _)| here(*record)));
         covered.get_mut(cover.steps).unwrap_or_default().fill(true);
     }
     let alone = steps.iter().zip(&covered).filter(|(_, covered)| !**covered);

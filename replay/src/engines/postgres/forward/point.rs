@@ -1,5 +1,6 @@
 //! Where native replay ends: the redo point of a checkpoint between the backup's end and the target.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
@@ -7,9 +8,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
-use waltide_format::archive::{Catalog, CheckpointInfo, Lineage, SegmentEntry};
+use waltide_format::archive::{
+    Catalog, CheckpointInfo, Layout, Lineage, MergedSection, Run, SegmentEntry, SegmentInfo, Step,
+};
 use waltide_format::engines::postgres::wal::{Checkpoint, Record, XlogRecord};
-use waltide_format::{Lsn, PgMajor, TimelineId, TimestampTz};
+use waltide_format::{Lsn, PgMajor, SegmentName, TimelineId, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
 use super::super::indexes::{ArchivedIndexes, SearchError};
@@ -116,6 +119,8 @@ pub(super) struct LogSegment {
 pub struct Forward {
     indexes: ArchivedIndexes,
     segments: Arc<Vec<LogSegment>>,
+    /// The checkpoints of those segments that merged indexes tell of.
+    merged: BTreeMap<SegmentName, Vec<CheckpointInfo>>,
     from: Lsn,
     consistent: Lsn,
     mode: ReplayMode,
@@ -127,6 +132,7 @@ pub struct Forward {
 /// Chooses how to come to a plan's target. `memory` bounds what native replay keeps, in bytes.
 pub async fn choose_replay(
     archive: &Archive,
+    layout: &Layout,
     catalog: &Catalog,
     plan: &Plan,
     mode: ReplayMode,
@@ -142,8 +148,10 @@ pub async fn choose_replay(
     if plan.segments.iter().any(|s| s.partial) {
         return server("the last segment is a .partial");
     }
-    let indexes = ArchivedIndexes::new(archive.clone());
+    let system = layout.system(catalog.system.system_id);
+    let indexes = ArchivedIndexes::new(archive.clone()).with_merged(system);
     let run = catalog.run(&plan.lineage, plan.start_lsn);
+    let merged = merged_checkpoints(&indexes, &run, plan).await?;
     let segments = run.steps.iter().filter(|step| step.start() < plan.stop.read_to);
     let segments = segments.map(|step| LogSegment {
         entry: step.entry.clone(),
@@ -153,6 +161,7 @@ pub async fn choose_replay(
     let forward = Forward {
         indexes,
         segments: Arc::new(segments.collect()),
+        merged,
         from: plan.start_lsn,
         consistent: plan.consistent_lsn,
         mode,
@@ -170,6 +179,29 @@ pub async fn choose_replay(
         Some(point) => Ok(Replay::Native(Box::new(Forward { point, ..forward }))),
         None => server("no checkpoint lies between the backup's end and the target"),
     }
+}
+
+/// The checkpoints between a backup's end and a plan's stop, of those segments that merged indexes tell of.
+async fn merged_checkpoints(
+    indexes: &ArchivedIndexes,
+    run: &Run<'_>,
+    plan: &Plan,
+) -> Result<BTreeMap<SegmentName, Vec<CheckpointInfo>>, SearchError> {
+    let here = |s: &&Step<'_>| s.usable_end > plan.consistent_lsn && s.start() < plan.stop.read_to;
+    let steps: Vec<_> = run.steps.iter().filter(here).collect();
+    let mut told = BTreeMap::new();
+    for cover in indexes.merged_lists(&steps, MergedSection::Checkpoints).await? {
+        for segment in &cover.segments {
+            let SegmentInfo { name, size, .. } = segment.info;
+            // One that runs over an edge counts where it begins, and is told of both.
+            let (start, end) = (name.start(size), name.end(size));
+            let checkpoints = cover.told.checkpoints.iter();
+            let ours =
+                checkpoints.filter(|c| start.is_some_and(|s| c.end > s) && end.is_some_and(|e| c.start < e));
+            told.insert(name, ours.cloned().collect());
+        }
+    }
+    Ok(told)
 }
 
 impl Forward {
@@ -198,8 +230,12 @@ impl Forward {
             if segment.usable_end <= self.consistent {
                 break;
             }
-            let index = self.indexes.index(&segment.entry).await?;
-            let fits = index.checkpoints.iter().rev().find(|c| {
+            let read = match self.merged.get(&segment.entry.info.name) {
+                Some(_) => Vec::new(),
+                None => self.indexes.index(&segment.entry).await?.checkpoints,
+            };
+            let checkpoints = self.merged.get(&segment.entry.info.name).unwrap_or(&read);
+            let fits = checkpoints.iter().rev().find(|c| {
                 c.end <= end
                     && c.start < segment.usable_end
                     && c.redo >= self.consistent
