@@ -107,7 +107,8 @@ impl Site {
             let base = ["restore", "--dry-run", "--allow-clear", "--data-dir", text(&place)];
             let plan = |arguments: &&[&str]| self.waltide.json([&base[..], arguments].concat());
             let plans = asked.iter().map(plan).collect::<Vec<_>>();
-            (plans, self.waltide.ok(["log", "--json"]).stdout)
+            let told = |arguments: &[&str]| self.waltide.ok([&["log", "--json"], arguments].concat()).stdout;
+            (plans, [told(&[]), told(&["--dropped"]), told(&["--dropped", "--relation", "public.precious"])])
         };
         let _ = std::fs::remove_dir_all(self.merged());
         let before = answers();

@@ -101,16 +101,14 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
             Failure::message(1, text).hint("make one with `waltide backup`, or say the OID or the files")
         );
     }
-    let source = ArchivedIndexes::new(archive.clone());
+    let system = layout.system(catalog.system.system_id);
+    let source = ArchivedIndexes::new(archive.clone()).with_merged(system.clone());
     let log =
         Log { catalog: &catalog, line: &line, filter: &filter, source: &source, threads: context.threads };
     let mut printer = Printer { lines: Lines::new(), json: context.json, began: false };
     let told = match args.numbers {
         true => log.run(&mut Numbers, &mut printer).await,
-        false => {
-            let layout = layout.system(catalog.system.system_id);
-            log.run(&mut ArchivedNames::new(&archive, layout, &catalog, &line), &mut printer).await
-        }
+        false => log.run(&mut ArchivedNames::new(&archive, system, &catalog, &line), &mut printer).await,
     };
     printer.lines.finish()?;
     let summary = told?;

@@ -139,6 +139,11 @@ impl LogFilter {
         self.xid.is_some() || (self.dropped && !self.truncated)
     }
 
+    /// Whether that is only what is dropped in it.
+    pub(super) const fn needs_drops_alone(&self) -> bool {
+        self.needs_index() && self.xid.is_none()
+    }
+
     /// The same by its index.
     pub(super) fn may_end_by(&self, index: &SegmentIndex) -> bool {
         let open = index.info.continued_bytes > 0 && !index.info.head_joined;

@@ -60,6 +60,16 @@ pub trait Tellings: Sync {
         entry: &SegmentEntry,
     ) -> impl Future<Output = Result<SegmentIndex, Self::Error>> + Send;
 
+    /// Of steps, in their order, what is known without reading their segments: an index that says with which ends of
+    /// transactions relations go and what happened to files, and nothing else. None of a step of which that is not known.
+    fn drops(
+        &self,
+        steps: &[&Step<'_>],
+    ) -> impl Future<Output = Result<Vec<Option<SegmentIndex>>, Self::Error>> + Send {
+        let none = vec![None; steps.len()];
+        async move { Ok(none) }
+    }
+
     /// Whether an error is the archive's fault, so that the log goes on behind it.
     fn is_damage(&self, error: &Self::Error) -> bool;
 }
@@ -157,9 +167,14 @@ impl<S: Tellings> Log<'_, S> {
     /// The segments that must be read.
     async fn windows(&self, steps: &[Step<'_>]) -> Result<Vec<Range<usize>>, S::Error> {
         let mut windows = Windows::default();
-        let candidates =
-            steps.iter().enumerate().filter(|(_, step)| self.filter.may_end_in(&step.entry.info));
-        let judged = futures_util::stream::iter(candidates).map(|(nth, step)| self.judged(nth, step));
+        let known = match self.filter.needs_drops_alone() {
+            true => self.source.drops(&steps.iter().collect::<Vec<_>>()).await?,
+            false => vec![None; steps.len()],
+        };
+        let candidates = steps.iter().zip(known).enumerate();
+        let candidates = candidates.filter(|(_, (step, _))| self.filter.may_end_in(&step.entry.info));
+        let judged =
+            futures_util::stream::iter(candidates).map(|(nth, (step, known))| self.judged(nth, step, known));
         let mut candidates = std::pin::pin!(judged.buffered(self.at_once()));
         while let Some(candidate) = candidates.next().await {
             let (nth, Some(last)) = candidate? else { continue };
@@ -170,12 +185,22 @@ impl<S: Tellings> Log<'_, S> {
         Ok(windows.into_ranges())
     }
 
-    /// A segment, and the last one in which a wanted transaction may end because of it.
-    async fn judged(&self, nth: usize, step: &Step<'_>) -> Result<(usize, Option<usize>), S::Error> {
+    /// A segment, and the last one in which a wanted transaction may end because of it. `known` is what is known of its
+    /// index, where that is enough.
+    async fn judged(
+        &self,
+        nth: usize,
+        step: &Step<'_>,
+        known: Option<SegmentIndex>,
+    ) -> Result<(usize, Option<usize>), S::Error> {
         if !self.filter.needs_index() {
             return Ok((nth, Some(nth)));
         }
-        match self.source.segment_index(step.entry).await {
+        let index = match known {
+            Some(known) => Ok(known),
+            None => self.source.segment_index(step.entry).await,
+        };
+        match index {
             Ok(index) if self.filter.may_end_soon(&index) => Ok((nth, Some(nth.saturating_add(1)))),
             Ok(index) => Ok((nth, self.filter.may_end_by(&index).then_some(nth))),
             Err(e) if self.source.is_damage(&e) => Ok((nth, Some(nth))),

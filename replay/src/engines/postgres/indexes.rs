@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use waltide_format::archive::{
-    MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
-    StoredSegment, SystemLayout,
+    FileEvent, MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
+    StoredSegment, SystemLayout, XactEnd,
 };
 use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_format::engines::postgres::effects::xact_end;
@@ -101,6 +101,22 @@ impl ArchivedIndexes {
             directory.read_lists(&[(section, stored)]).map(Some)
         };
         covers.find(&[section], read, |_, _| true).await
+    }
+
+    /// The ends of transactions with which relations go, and what happened to files, of those steps that merged indexes
+    /// tell of.
+    pub(super) async fn merged_drops(
+        &self,
+        steps: &[&Step<'_>],
+    ) -> Result<Vec<Cover<(Vec<XactEnd>, Vec<FileEvent>)>>, SearchError> {
+        let Some(layout) = &self.merged else { return Ok(Vec::new()) };
+        let covers = Covers { archive: &self.archive, layout, steps };
+        let read = |directory: &MergedDirectory, stored: &[Vec<u8>]| {
+            let [drops, events] = stored else { return Ok(None) };
+            let lists = directory.read_lists(&[(MergedSection::FileEvents, events)])?;
+            Ok(Some((directory.read_drops(drops)?, lists.file_events)))
+        };
+        covers.find(&[MergedSection::Drops, MergedSection::FileEvents], read, |_, _| true).await
     }
 
     /// A whole segment's bytes.

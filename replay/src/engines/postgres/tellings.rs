@@ -1,7 +1,7 @@
 //! What stored segments tell about transactions, read out of their WAL.
 
 use waltide_format::Lsn;
-use waltide_format::archive::{SegmentEntry, SegmentIndex, Step};
+use waltide_format::archive::{MergedSegment, SegmentEntry, SegmentIndex, SegmentInfo, Step};
 use waltide_format::engines::postgres::detail::{Telling, tell_head, tell_segment};
 use waltide_format::engines::postgres::wal::{Expected, PreviousTail, SegmentSpan};
 
@@ -54,7 +54,41 @@ impl Tellings for ArchivedIndexes {
         self.index(entry).await
     }
 
+    async fn drops(&self, steps: &[&Step<'_>]) -> Result<Vec<Option<SegmentIndex>>, SearchError> {
+        let mut known = vec![None; steps.len()];
+        for cover in self.merged_drops(steps).await? {
+            let (ends, events) = &cover.told;
+            let mut before: Option<&SegmentInfo> = None;
+            let place = known.get_mut(cover.steps).unwrap_or_default();
+            for (known, MergedSegment { info, .. }) in place.iter_mut().zip(&cover.segments) {
+                let here = |start: Lsn| is_indexed(start, info, before, cover.from_first);
+                let mut index = SegmentIndex::new(info.clone());
+                index.xacts = ends.iter().filter(|x| here(x.start)).cloned().collect();
+                index.file_events = events.iter().filter(|e| here(e.start)).cloned().collect();
+                *known = Some(index);
+                before = Some(info);
+            }
+        }
+        Ok(known)
+    }
+
     fn is_damage(&self, error: &SearchError) -> bool {
         error.is_damage()
     }
+}
+
+/// Whether the record that starts there is in a segment's own index. `before` is the segment before it, where that is
+/// covered too; where the segment is the object's first, what starts earlier runs over its edge.
+fn is_indexed(start: Lsn, info: &SegmentInfo, before: Option<&SegmentInfo>, from_first: bool) -> bool {
+    let (Some(begin), Some(end)) = (info.name.start(info.size), info.name.end(info.size)) else {
+        return false;
+    };
+    if begin <= start {
+        return start < end && info.pending.is_none_or(|p| p.start != start || p.joined);
+    }
+    let runs_over = match before {
+        Some(before) => before.pending.is_some_and(|p| p.start == start),
+        None => from_first,
+    };
+    info.head_joined && runs_over
 }
