@@ -156,6 +156,7 @@ impl Site {
         let place = place();
         let data_dir = place.path().join("data");
         let options = RestoreOptions {
+            selection: None,
             data_dir: data_dir.clone(),
             tablespace_map: Vec::new(),
             made: Vec::new(),

@@ -4,6 +4,7 @@ mod backup;
 mod completions;
 mod doctor;
 mod drill;
+mod export;
 mod fetch;
 mod import;
 mod index;
@@ -44,6 +45,7 @@ pub(crate) enum Command {
     Verify(verify::Args),
     Prune(prune::Args),
     Keep(keep::Args),
+    Export(export::Args),
     Drill(drill::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -68,6 +70,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Verify(args) => verify::run(&args, context).await,
         Command::Prune(args) => prune::run(&args, context).await,
         Command::Keep(args) => keep::run(&args, context).await,
+        Command::Export(args) => export::run(args, context).await,
         Command::Drill(args) => drill::run(args, context).await,
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args, context),

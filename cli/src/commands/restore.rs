@@ -229,8 +229,14 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
     })?;
-    let replay = replay(&args, &archive, &layout, &catalog, &plan).await?;
+    // A standby goes on replaying, and what is to be reached is not known.
+    let mode = if args.standby { ReplayMode::Server } else { args.replay };
+    if args.standby && args.replay == ReplayMode::Native {
+        return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
+    }
+    let replay = choose(&archive, &layout, &catalog, &plan, mode, args.memory).await?;
     let options = RestoreOptions {
+        selection: None,
         replay,
         data_dir: args.data_dir,
         tablespace_map: args.tablespace_map,
@@ -281,19 +287,15 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
 }
 
 /// How to come to the plan's target; a failure where that is to be native and cannot be.
-async fn replay(
-    args: &Args,
+pub(super) async fn choose(
     archive: &Archive,
     layout: &Layout,
     catalog: &Catalog,
     plan: &Plan,
+    mode: ReplayMode,
+    memory: u64,
 ) -> Result<Replay, Failure> {
-    // A standby goes on replaying, and what is to be reached is not known.
-    let mode = if args.standby { ReplayMode::Server } else { args.replay };
-    if args.standby && args.replay == ReplayMode::Native {
-        return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
-    }
-    let memory = usize::try_from(args.memory).unwrap_or(usize::MAX);
+    let memory = usize::try_from(memory).unwrap_or(usize::MAX);
     let chosen = choose_replay(archive, layout, catalog, plan, mode, memory).await.map_err(|e| {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)

@@ -10,17 +10,16 @@ use waltide_format::archive::{
     Catalog, DrillCommit, DrillRecord, DrillVerdict, Layout, Lineage, Rates, Run, XactEnd,
 };
 use waltide_format::engines::postgres::cluster::ControlFile;
-use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, PAGE_BYTES, SHORT_HEADER_BYTES};
-use waltide_format::{BLOCK_BYTES, BackupId, Lsn, SegmentSize, TimelineId, TimestampTz, Xid};
+use waltide_format::{BLOCK_BYTES, BackupId, Lsn, TimelineId, TimestampTz, Xid};
 use waltide_storage::{Archive, Progress};
 
 use super::amcheck::Complaints;
-use super::conf_file::Settings;
 use super::forward::{Replay, ReplayMode, Replayed, choose_replay};
 use super::indexes::{ArchivedIndexes, SearchError};
 use super::install::{InstallError, Installation, ServerUser};
 use super::pages::check_pages;
-use super::restore::{Owner, Restore, RestoreError, RestoreOptions};
+use super::restore::{Restore, RestoreError, RestoreOptions};
+use super::scratch_cluster::{self, Reached};
 use super::scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 use super::scratch_settings::{ScratchSettings, memory_bytes};
 use super::tablespaces::{self, Redirected};
@@ -153,12 +152,8 @@ impl DrillError {
             Self::Plan(_) | Self::Control(_) => true,
             Self::Search(e) => e.is_damage(),
             Self::Restore(e) => e.is_damage(),
-            Self::Scratch(ScratchError::Ended { recovering, log, .. }) => {
-                *recovering && !log.contains("No space left on device")
-            }
-            Self::Scratch(_) | Self::Replay { .. } | Self::Install(_) | Self::Ask(_) | Self::Local { .. } => {
-                false
-            }
+            Self::Scratch(e) => e.is_damage(),
+            Self::Replay { .. } | Self::Install(_) | Self::Ask(_) | Self::Local { .. } => false,
         };
         if archive { DrillVerdict::ArchiveAtFault } else { DrillVerdict::Failed }
     }
@@ -395,24 +390,10 @@ impl Drill<'_> {
             }
             self.record.notes.push(format!("PostgreSQL replayed everything: {because}"));
         }
-        let spaces = place.directory("spaces")?;
-        let moved = plan.tablespaces.iter().map(|t| (t.oid.to_string(), spaces.join(t.oid.to_string())));
-        let options = RestoreOptions {
-            data_dir: place.data_dir(),
-            tablespace_map: moved.collect(),
-            // The path of those is taken out of the WAL.
-            made: Vec::new(),
-            allow_clear: false,
-            delta: false,
-            standby: false,
-            replay,
-            // The server is given a configuration of our own; this one is only reported.
-            archive_off: false,
-            owner: user.owner().map(|(uid, gid)| Owner { uid, gid }),
-            restore_command: self.request.restore_command.clone(),
-            settings: Vec::new(),
-            threads: self.request.threads,
-        };
+        place.directory("spaces")?;
+        let (command, threads) = (self.request.restore_command.clone(), self.request.threads);
+        let options = scratch_cluster::restore_options(plan, place.path(), user, command, threads);
+        let options = RestoreOptions { replay, ..options };
         let DrillSource { archive, layout, progress, .. } = self.source;
         let restore = Restore::prepare(archive, layout, plan, options).await?;
         Ok(restore.carry_out(progress).await?.replayed)
@@ -426,16 +407,7 @@ impl Drill<'_> {
     ) -> Result<ScratchSettings, DrillError> {
         let backup = self.record.backup.as_ref().and_then(|id| self.source.catalog.backup(id));
         let brought = backup.map(|b| b.head.config_files.as_slice()).unwrap_or_default();
-        let mut cluster = Settings::of_cluster(&place.data_dir(), brought);
-        if !redirected.segments.is_empty() {
-            let dir = place.directory("server/wal")?;
-            for (name, wal) in &redirected.segments {
-                place.file(&format!("server/wal/{name}"), wal)?;
-            }
-            if let Some(command) = cluster.values.get_mut("restore_command") {
-                *command = tablespaces::restore_command(&dir, command);
-            }
-        }
+        let cluster = scratch_cluster::settings(place, brought, redirected)?;
         for tablespace in &redirected.tablespaces {
             self.record.notes.push(format!(
                 "tablespace {} was made at {} after the backup; in the drill it lies in the data directory",
@@ -472,19 +444,9 @@ impl Drill<'_> {
 
     /// Whether replay ended where the plan said.
     async fn check_position(&mut self, client: &Client, plan: &Plan) -> Result<(), DrillError> {
-        let row = client.query_one("select pg_last_wal_replay_lsn()::text", &[]).await?;
-        let replayed: Option<Lsn> = row.get::<_, Option<String>>(0).and_then(|text| text.parse().ok());
-        self.record.end_lsn = replayed;
         let size = self.source.catalog.system.segment_size;
-        let (holds, detail) = match replayed {
-            Some(lsn) => {
-                let exact = matches!(plan.stop.kind, StopKind::Before | StopKind::After);
-                let (found, wanted) = (next_record(lsn, size), next_record(plan.stop.lsn, size));
-                let holds = if exact { found == wanted } else { found >= wanted };
-                (holds, format!("replayed up to {lsn}, planned {}", plan.stop.lsn))
-            }
-            None => (false, "the server says that it has replayed nothing".to_owned()),
-        };
+        let Reached { at, holds, detail } = scratch_cluster::reached(client, plan, size).await?;
+        self.record.end_lsn = at;
         self.checks.hold("the target was reached", holds, detail, DrillVerdict::ArchiveAtFault);
         Ok(())
     }
@@ -693,18 +655,6 @@ impl Drill<'_> {
     }
 }
 
-/// Where the record after `end` would begin: a page's first byte and the first behind its header are the same place.
-fn next_record(end: Lsn, size: SegmentSize) -> Lsn {
-    let aligned = end.get().saturating_add(7) & !7;
-    let in_page = aligned.checked_rem(PAGE_BYTES as u64).unwrap_or(0);
-    let page = aligned.saturating_sub(in_page);
-    let header = match size.floor(page.into()).get() == page {
-        true => LONG_HEADER_BYTES,
-        false => SHORT_HEADER_BYTES,
-    };
-    page.saturating_add(in_page.max(header as u64)).into()
-}
-
 /// The first commit that begins at `stop` or later.
 async fn next_commit(
     indexes: &ArchivedIndexes,
@@ -894,16 +844,5 @@ mod tests {
         assert_eq!(full_xid(750.into(), 3 * epoch + 755), Some(3 * epoch + 750));
         assert_eq!(full_xid((u32::MAX - 5).into(), 3 * epoch + 755), Some(3 * epoch - 6));
         assert_eq!(full_xid((u32::MAX - 5).into(), 755), None, "before the first epoch");
-    }
-
-    #[test]
-    fn positions_before_and_behind_a_page_header_are_the_same() {
-        let next = |lsn: u64| next_record(lsn.into(), SegmentSize::DEFAULT).get();
-        assert_eq!(next(0x300_0000), 0x300_0028);
-        assert_eq!(next(0x300_0028), 0x300_0028);
-        assert_eq!(next(0x300_2000), 0x300_2018);
-        assert_eq!(next(0x300_1FF9), 0x300_2018);
-        assert_eq!(next(0x300_2018), 0x300_2018);
-        assert_eq!(next(0x300_2021), 0x300_2028);
     }
 }

@@ -4,6 +4,7 @@ mod amcheck;
 mod conf_file;
 mod covers;
 mod drill;
+mod export;
 mod fetch;
 mod find_moment;
 mod forward;
@@ -17,14 +18,19 @@ mod pages;
 mod queue;
 pub mod redo;
 mod restore;
+mod scratch_cluster;
 mod scratch_server;
 mod scratch_settings;
+mod selection;
 mod start;
 mod tablespaces;
 mod tellings;
 pub(crate) mod verify;
 
 pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
+pub use export::{
+    Export, ExportError, ExportFormat, ExportPlan, ExportRequest, ExportSource, ExportTables, Exported,
+};
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
 pub use find_moment::{MomentError, Searched, find_moment};
 pub use forward::{
@@ -36,10 +42,11 @@ pub use log_names::ArchivedNames;
 pub use names::{Followed, NamesError, follow};
 pub use queue::{ReadAhead, Wanted};
 pub use restore::{
-    Actions, Deletion, Owner, PlaceError, Placed, Restore, RestoreError, RestoreOptions, Restored,
+    Actions, Deletion, Owner, PlaceError, Placed, Reads, Restore, RestoreError, RestoreOptions, Restored,
     restore_command,
 };
 pub use scratch_server::{ScratchError, ScratchPlace, ScratchServer};
+pub use selection::Selection;
 pub use start::{Outcome, Server, ServerState, StartError};
 pub use tablespaces::made_tablespaces;
 pub use tellings::SegmentPart;

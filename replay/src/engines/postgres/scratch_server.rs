@@ -115,6 +115,16 @@ pub enum ScratchError {
     },
 }
 
+impl ScratchError {
+    /// Whether the archive is at fault: recovery began and met what it could not go on from.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Ended { recovering, log, .. } => *recovering && !log.contains("No space left on device"),
+            _ => false,
+        }
+    }
+}
+
 fn local(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ScratchError {
     let path = path.to_owned();
     move |source| ScratchError::Local { doing, path, source }

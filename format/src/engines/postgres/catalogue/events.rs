@@ -51,7 +51,7 @@ pub struct TableEvent {
 
 /// Whether people know it by name and can miss it: tables, partitioned and foreign ones, views, sequences; not indexes,
 /// TOAST tables, types, or what is a session's own.
-fn is_table(row: &ClassRow) -> bool {
+pub(super) fn is_table(row: &ClassRow) -> bool {
     matches!(row.kind, b'r' | b'p' | b'm' | b'v' | b'f' | b'S')
         && row.persistence != b't'
         && row.rewrites == 0

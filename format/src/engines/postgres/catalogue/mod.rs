@@ -15,6 +15,7 @@ mod map;
 mod names;
 mod row;
 mod table_name;
+mod there;
 mod tuple;
 
 pub use change::{CatalogueChange, CatalogueFiles, ChangeKind, UpdatedBody, catalogue_changes};
@@ -25,4 +26,5 @@ pub use map::RelationMap;
 pub use names::{NamedRelation, Names};
 pub use row::{Catalogue, ClassRow, DatabaseRow, NamespaceRow, Row};
 pub use table_name::{TableName, TablePattern, TablePatternError};
+pub use there::{DatabaseThere, FIRST_NORMAL_OID, LARGE_OBJECTS, TableThere};
 pub use tuple::{HeapTuple, Hint, TupleId, page_tuples};

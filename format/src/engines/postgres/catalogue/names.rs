@@ -205,6 +205,11 @@ impl Names {
         Some(&span.row.name)
     }
 
+    /// The numbers of all files that mapped catalogues of a database ever lay in.
+    pub(super) fn mapped_files(&self, database: Oid) -> impl Iterator<Item = Oid> + '_ {
+        self.mapped.range((database, 0)..=(database, Oid::MAX)).map(|((_, file), _)| *file)
+    }
+
     fn is_file(&self, span: &Span<ClassRow>, file: RelFileLocator) -> bool {
         let row = &span.row;
         let own = || self.databases.get(&file.db_oid).into_iter().flatten();

@@ -69,6 +69,11 @@ impl TablePattern {
         self.parts.len() == 1
     }
 
+    /// How many parts are said: one to three.
+    pub const fn parts(&self) -> usize {
+        self.parts.len()
+    }
+
     /// The table's own name, as typed.
     pub fn table(&self) -> &str {
         self.parts.last().map_or("", |part| &part.text)

@@ -8,6 +8,7 @@ use foldhash::{HashMap, HashSet};
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
 use waltide_format::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
 
+use super::super::selection::Selection;
 use super::decode::{DatabaseCopy, Decoded, Deed, How, PageTag};
 use super::spill::{CHUNK_BYTES, Chain, Entry, Spill};
 
@@ -130,6 +131,8 @@ pub(super) struct Keeper {
     settings: Vec<(Lsn, ParameterChange)>,
     buffered: usize,
     memory: usize,
+    /// Of other relations' pages nothing is kept, but how many there are.
+    selection: Option<Selection>,
     /// Records seen.
     records: u64,
 }
@@ -148,9 +151,9 @@ pub(super) struct Log {
 
 impl Keeper {
     /// Keeps up to about `memory` bytes, and the rest in `spill`.
-    pub(super) fn new(spill: Spill, memory: usize) -> Self {
+    pub(super) fn new(spill: Spill, memory: usize, selection: Option<Selection>) -> Self {
         let (newer, kept, settings) = (Vec::new(), Kept::default(), Vec::new());
-        Self { spill, newer, kept, settings, buffered: 0, memory, records: 0 }
+        Self { spill, newer, kept, settings, buffered: 0, memory, selection, records: 0 }
     }
 
     /// Adds what lies before all that was added.
@@ -211,7 +214,8 @@ impl Keeper {
             fork.exists.get_or_insert(true);
             fork.grow(tag.block.saturating_add(1));
         }
-        if fork.is_superseded(tag.block) {
+        let wanted = self.selection.as_ref().is_none_or(|selection| selection.wants(tag.relation));
+        if !wanted || fork.is_superseded(tag.block) {
             return Ok(());
         }
         let part = fork.parts.entry(tag.block / PART_BLOCKS).or_default();

@@ -16,7 +16,10 @@ use waltide_format::{Lsn, PgMajor, SegmentName, TimelineId, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
 use super::super::indexes::{ArchivedIndexes, SearchError};
+use super::super::selection::Selection;
 use super::decode::{Unknown, Wanted};
+use super::keep::Keeper;
+use super::spill::Spill;
 use super::{ForwardError, Ready, scan};
 use crate::plan::Plan;
 
@@ -253,10 +256,12 @@ impl Forward {
     }
 
     /// Reads the log, and moves the end to an earlier checkpoint where a record is met that the engine does not know.
-    /// Changes no file but one without a name in `scratch`.
+    /// Keeps only what changes pages of the `selection`, where there is one. Changes no file but one without a name in
+    /// `scratch`.
     pub(in super::super) async fn read(
         &mut self,
         scratch: &Path,
+        selection: Option<&Selection>,
         threads: usize,
         progress: &dyn Progress,
     ) -> Result<Result<Ready, Unknown>, ForwardError> {
@@ -264,15 +269,8 @@ impl Forward {
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
             let wanted = Wanted { from: self.from, until: self.point.redo };
-            let scanned = scan::scan(
-                &self.indexes,
-                &self.segments,
-                wanted,
-                self.memory / 2,
-                scratch,
-                threads,
-                progress,
-            );
+            let keeper = Keeper::new(Spill::new(scratch)?, self.memory / 2, selection.cloned());
+            let scanned = scan::scan(&self.indexes, &self.segments, wanted, keeper, threads, progress);
             match scanned.await {
                 Ok(log) => {
                     let checkpoint_bytes = self.checkpoint_bytes().await?;

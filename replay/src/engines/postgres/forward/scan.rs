@@ -1,7 +1,6 @@
 //! Reads segments from the newest to the oldest and takes them apart side by side.
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -15,7 +14,6 @@ use super::ForwardError;
 use super::decode::{DecodeError, Decoded, Unknown, Wanted, decode_record, decode_segment};
 use super::keep::{Keeper, Log};
 use super::point::LogSegment;
-use super::spill::Spill;
 
 type Taken = Result<Decoded, DecodeError>;
 
@@ -24,12 +22,10 @@ pub(super) async fn scan(
     indexes: &ArchivedIndexes,
     segments: &Arc<Vec<LogSegment>>,
     wanted: Wanted,
-    memory: usize,
-    scratch: &Path,
+    mut keeper: Keeper,
     threads: usize,
     progress: &dyn Progress,
 ) -> Result<Log, ForwardError> {
-    let mut keeper = Keeper::new(Spill::new(scratch)?, memory);
     let numbers: Vec<usize> = (0..segments.len())
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))

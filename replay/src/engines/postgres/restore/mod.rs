@@ -28,6 +28,7 @@ use super::forward::{
     Unknown,
 };
 use super::queue::ReadAhead;
+use super::selection::Selection;
 use crate::plan::Plan;
 use pieces::Piece;
 
@@ -76,8 +77,17 @@ pub struct RestoreOptions {
     pub restore_command: String,
     /// Settings that stand behind all others.
     pub settings: Vec<(String, String)>,
+    /// The relations that are wanted, where not all are; others come back empty.
+    pub selection: Option<Selection>,
     /// How many threads to work with.
     pub threads: usize,
+}
+
+impl RestoreOptions {
+    /// Whether a file of the backup is to have its content.
+    fn wants(&self, path: &str) -> bool {
+        self.selection.as_ref().is_none_or(|selection| selection.wants_file(path))
+    }
 }
 
 /// Why a restore was not done.
@@ -240,6 +250,19 @@ pub struct Restored {
     pub seconds: f64,
 }
 
+/// What a restore of a part reads of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Reads {
+    /// Files.
+    pub files: u64,
+    /// Bytes of packs.
+    pub bytes: u64,
+    /// Files of the whole backup.
+    pub whole_files: u64,
+    /// Bytes of packs that a restore of the whole backup reads.
+    pub whole_bytes: u64,
+}
+
 /// A restore that was looked into and can be carried out.
 #[derive(Debug)]
 pub struct Restore {
@@ -370,7 +393,7 @@ impl Restore {
         blocking(|| place.finish(files, CONTROL_FILE, &handed_over.unwrap_or(control), mode))?;
         Ok(Restored {
             data_dir: self.options.data_dir.clone(),
-            files: self.manifest.files.len() as u64,
+            files: self.actions.files,
             bytes: self.actions.bytes,
             written_bytes: total,
             read_bytes,
@@ -389,7 +412,8 @@ impl Restore {
         let dir = &self.options.data_dir;
         let scratch = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir);
         let mut forward = forward.as_ref().clone();
-        match forward.read(scratch, self.options.threads, progress.as_ref()).await? {
+        let selection = self.options.selection.as_ref();
+        match forward.read(scratch, selection, self.options.threads, progress.as_ref()).await? {
             Ok(ready) => Ok(Some(ready)),
             Err(unknown) if self.is_native_only() => Err(unknown.into()),
             Err(unknown) => {
@@ -464,10 +488,31 @@ impl Restore {
         Ok(done)
     }
 
+    /// The parts of the files that are wanted.
     fn pieces(&self) -> Result<Vec<Piece>, RestoreError> {
-        let flat = self.manifest.files.iter().enumerate().map(|(i, f)| pieces::flatten(i, f, &self.maps));
+        self.pieces_of(|path| self.options.wants(path))
+    }
+
+    fn pieces_of(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<Piece>, RestoreError> {
+        let files = self.manifest.files.iter().enumerate().filter(|(_, file)| wanted(&file.path));
+        let flat = files.map(|(i, f)| pieces::flatten(i, f, &self.maps));
         let flat = flat.collect::<Result<Vec<_>, _>>().map_err(|source| self.damaged(None, source))?;
         Ok(flat.into_iter().flatten().collect())
+    }
+
+    /// What of the backup's packs is read at the most, and what a restore of everything reads.
+    pub fn reads(&self) -> Result<Reads, RestoreError> {
+        let read = |pieces| {
+            let jobs = pieces::jobs(pieces, &self.maps).map_err(|source| self.damaged(None, source))?;
+            let bytes = jobs.iter().map(|job| job.range.end.saturating_sub(job.range.start));
+            Ok::<_, RestoreError>(bytes.fold(0, u64::saturating_add))
+        };
+        Ok(Reads {
+            files: self.actions.files,
+            bytes: read(self.pieces()?)?,
+            whole_files: self.manifest.files.len() as u64,
+            whole_bytes: read(self.pieces_of(|_| true)?)?,
+        })
     }
 
     fn damaged(&self, path: Option<&str>, source: Corrupt) -> RestoreError {
@@ -715,7 +760,7 @@ fn actions(
     };
     let link = |oid| format!("pg_tblspc/{oid}/");
     let needed = |wanted: &dyn Fn(&str) -> bool| {
-        let files = manifest.files.iter().filter(|f| wanted(&f.path));
+        let files = manifest.files.iter().filter(|f| wanted(&f.path) && options.wants(&f.path));
         files.fold(0u64, |sum, f| sum.saturating_add(f.bytes))
     };
     let elsewhere = |path: &str| tablespaces.iter().any(|t| path.starts_with(&link(t.oid)));
@@ -747,7 +792,7 @@ fn actions(
         tablespaces,
         deletions,
         delta,
-        files: manifest.files.len() as u64,
+        files: manifest.files.iter().filter(|f| options.wants(&f.path)).count() as u64,
         bytes: needed(&|_| true),
         settings,
         replay: ReplayPlan::from(&options.replay),

@@ -154,6 +154,7 @@ async fn site() -> Site {
 impl Site {
     fn options(&self) -> RestoreOptions {
         RestoreOptions {
+            selection: None,
             replay: Replay::Server(None),
             data_dir: self.data_dir(),
             tablespace_map: vec![],

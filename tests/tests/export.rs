@@ -1,0 +1,288 @@
+//! Tables taken out of past moments: what is written holds the rows the source had, and little is read for it.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use waltide_tests::site::{read_dir, text};
+use waltide_tests::{Cluster, Site};
+
+/// A site with a place for exports and what they write.
+struct Exports {
+    site: Site,
+    place: PathBuf,
+    out: PathBuf,
+}
+
+impl Exports {
+    fn new(label: &str) -> Self {
+        let site = Site::new(label);
+        let (place, out) = (site.scratch.dir("place"), site.scratch.dir("out"));
+        Self { site, place, out }
+    }
+
+    fn start(&self) -> Cluster {
+        let builder = self.site.builder("db").segment_mb(4).setting("autovacuum", "off");
+        self.site.start(builder.setting("max_prepared_transactions", "5").setting("wal_level", "logical"))
+    }
+
+    fn args<'a>(&'a self, output: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+        [&["export", "--scratch", text(&self.place), "--output", output], args].concat()
+    }
+
+    /// Exports into a file of that name; where it is and what was said.
+    #[track_caller]
+    fn export(&self, name: &str, args: &[&str]) -> (PathBuf, Value) {
+        let path = self.out.join(name);
+        let answer = self.site.waltide.json(self.args(text(&path), args));
+        assert!(path.is_file());
+        self.assert_clean(&answer);
+        (path, answer["exported"].clone())
+    }
+
+    #[track_caller]
+    fn refused(&self, status: i32, output: &str, args: &[&str]) -> String {
+        let out = self.site.waltide.fails(status, self.args(output, args));
+        self.assert_clean(&out.describe());
+        out.stderr
+    }
+
+    #[track_caller]
+    fn assert_clean(&self, said: &impl std::fmt::Debug) {
+        assert_eq!(read_dir(&self.place), Vec::<PathBuf>::new(), "the scratch place is gone: {said:?}");
+        let left: Vec<_> = read_dir(&self.out).into_iter().filter(|p| text(p).contains("/.")).collect();
+        assert_eq!(left, Vec::<PathBuf>::new(), "nothing half is left: {said:?}");
+    }
+}
+
+/// All rows of a table, in an order of their own.
+#[track_caller]
+fn rows(cluster: &Cluster, database: &str, table: &str) -> String {
+    let sql = format!(
+        "select count(*) || ' ' || coalesce(md5(string_agg(md5(t::text), ',' order by md5(t::text))), '') from {table} t"
+    );
+    cluster.sql(database, &sql).unwrap_or_else(|e| panic!("{table} of {database}: {e}"))
+}
+
+/// Loads what was exported into a new database.
+#[track_caller]
+fn load(cluster: &Cluster, database: &str, file: &std::path::Path, before: &str) {
+    cluster.query(&format!("create database {database}"));
+    cluster.sql(database, before).unwrap();
+    cluster.sql_file(database, file).unwrap();
+}
+
+/// A position in the log: what is committed by now lies before it.
+fn moment(cluster: &Cluster) -> String {
+    cluster.query("select pg_logical_emit_message(false, 'waltide', 'before the target')");
+    let lsn = cluster.query("select pg_current_wal_insert_lsn()");
+    cluster.query("select pg_logical_emit_message(false, 'waltide', 'the target')");
+    lsn
+}
+
+const LONG: &str = "(select string_agg(md5(g::text || n::text), '') from generate_series(1, 200) n)";
+
+/// Tables of every kind that matters, and much that does not.
+fn prepare(cluster: &Cluster) {
+    for sql in [
+        "create table bulk as select g, md5(random()::text) || md5(random()::text) as a, md5(random()::text) as b
+             from generate_series(1, 300000) g",
+        "create index on bulk (g)",
+        "create table toasted (id serial primary key, long text, n int default 0)",
+        "alter table toasted alter long set storage external",
+        &format!("insert into toasted (long) select {LONG} from generate_series(1, 60) g"),
+        "create table parts (id int, at int, note text) partition by range (at)",
+        "create table parts_1 partition of parts for values from (0) to (100)",
+        "create schema other",
+        "create table other.parts_2 (note text, at int, id int)",
+        "alter table parts attach partition other.parts_2 for values from (100) to (200)",
+        "insert into parts select g, g % 200, 'row ' || g from generate_series(1, 4000) g",
+        "create table rewritten (id int primary key, long text, n int)",
+        "alter table rewritten alter long set storage external",
+        &format!("insert into rewritten select g, {LONG}, 0 from generate_series(1, 40) g"),
+        "create table refilled (id int, note text)",
+        "insert into refilled select g, 'first' from generate_series(1, 2000) g",
+    ] {
+        cluster.query(sql);
+    }
+}
+
+/// What happens to them; `step` tells one time from another.
+fn change(cluster: &Cluster, step: u32) {
+    for sql in [
+        "update bulk set a = md5(random()::text) where g % 10 = 0",
+        "vacuum full rewritten",
+        &format!("update rewritten set n = {step}, long = long || 'more' where id % 3 = {step} % 3"),
+        "truncate refilled",
+        &format!("insert into refilled select g, 'step {step}' from generate_series(1, 1000) g"),
+        &format!("insert into toasted (long, n) select {LONG}, {step} from generate_series(1000, 1010) g"),
+        &format!("delete from toasted where id % 17 = {step} % 17"),
+        &format!(
+            "create table parts_late_{step} partition of parts for values from ({0}) to ({0} + 100)",
+            200 + step * 100
+        ),
+        &format!(
+            "insert into parts select g, {0} + g % 100, 'late' from generate_series(1, 500) g",
+            200 + step * 100
+        ),
+        "update parts set note = note || '.' where id % 7 = 0",
+        "vacuum rewritten, toasted",
+    ] {
+        cluster.query(sql);
+    }
+}
+
+const TABLES: [&str; 4] = ["toasted", "parts", "rewritten", "refilled"];
+
+#[test]
+fn tables_are_exported_as_they_were_and_little_is_read_for_it() {
+    let exports = Exports::new("export");
+    let cluster = exports.start();
+    prepare(&cluster);
+    exports.site.back_up(&cluster);
+    change(&cluster, 1);
+    cluster.query("vacuum full pg_class");
+    cluster.query("vacuum full pg_attribute");
+    cluster.query("checkpoint");
+    change(&cluster, 2);
+    let lsn = moment(&cluster);
+    let expected = TABLES.map(|table| rows(&cluster, "postgres", table));
+    let last = cluster.query("select last_value from toasted_id_seq");
+    change(&cluster, 3);
+    cluster.query("drop table toasted, parts, rewritten");
+    cluster.archive_all();
+    for how in ["auto", "server"] {
+        let named = TABLES.map(|table| ["--table", table]).concat();
+        let args = [named.as_slice(), &["--target-lsn", &lsn, "--replay", how]].concat();
+        let (file, exported) = exports.export(&format!("{how}.sql"), &args);
+        let native = exported["restored"]["replayed"]["redo"].is_string();
+        assert_eq!(native, how == "auto", "{exported:#}");
+        let [read, whole] = [&exported["read_bytes"], &exported["reads"]["whole_bytes"]];
+        let rounds = exported["rounds"].as_u64().unwrap();
+        // Partitions are known by the server alone, and then all is read once more.
+        assert_eq!(rounds, 2, "{exported:#}");
+        assert!(read.as_u64().unwrap() * 5 < whole.as_u64().unwrap(), "{read} of {whole} is not little");
+        let tables: Vec<_> =
+            exported["tables"].as_array().unwrap().iter().map(|t| t["table"].as_str().unwrap()).collect();
+        let mut written = vec!["parts_2", "parts", "parts_1", "parts_late_1", "parts_late_2"];
+        written.extend(["refilled", "rewritten", "toasted"]);
+        assert_eq!(tables, written, "{exported:#}");
+        load(&cluster, how, &file, "create schema other");
+        let found = TABLES.map(|table| rows(&cluster, how, table));
+        assert_eq!(found, expected, "by {how}");
+        let sequence = cluster.sql(how, "select last_value from toasted_id_seq").unwrap();
+        // The log has a sequence as it will be 32 values on.
+        let (sequence, last): (u64, u64) = (sequence.parse().unwrap(), last.parse().unwrap());
+        assert!((last..=last + 32).contains(&sequence), "{sequence}, not {last}");
+    }
+    // Nothing but one table is read where nothing else is named, and the target lies before the checkpoint.
+    let (file, exported) =
+        exports.export("one.sql", &["--table", "public.rewritten", "--target", "immediate"]);
+    assert_eq!((&exported["rounds"], &exported["restored"]["replayed"]), (&1.into(), &Value::Null));
+    load(&cluster, "one", &file, "select");
+    assert_eq!(cluster.sql("one", "select count(*), max(n) from rewritten").unwrap(), "40|0");
+
+    let (file, exported) =
+        exports.export("schema.sql", &["--schema", "other", "--target-lsn", &lsn, "--database", "postgres"]);
+    assert_eq!(exported["tables"].as_array().unwrap().len(), 1, "{exported:#}");
+    assert!(std::fs::read_to_string(file).unwrap().contains("CREATE SCHEMA other"));
+}
+
+#[test]
+fn a_dropped_table_comes_back_and_one_of_a_younger_database_too() {
+    let exports = Exports::new("export-drop");
+    let cluster = exports.start();
+    cluster.query("create table precious (id int primary key, long text)");
+    cluster.query(
+        "create table \"Odd \"\"name\" (id int, \"a,b\" text, twice int generated always as (id * 2) stored)",
+    );
+    exports.site.back_up(&cluster);
+    cluster.query(&format!("insert into precious select g, {LONG} from generate_series(1, 300) g"));
+    cluster.query("insert into \"Odd \"\"name\" select g, 'x, \"' || g from generate_series(1, 3) g");
+    for strategy in ["wal_log", "file_copy"] {
+        cluster.query(&format!("create database younger_{strategy} strategy {strategy}"));
+        let database = format!("younger_{strategy}");
+        cluster
+            .sql(&database, "create table t as select g, md5(g::text) from generate_series(1, 500) g")
+            .unwrap();
+    }
+    cluster.query("checkpoint");
+    cluster.query("begin; insert into precious values (1000, 'prepared'); lock precious in access exclusive mode; prepare transaction 'it''s open'");
+    let odd = moment(&cluster);
+    cluster.query("commit prepared 'it''s open'");
+    let expected = rows(&cluster, "postgres", "precious");
+    cluster.query("drop table precious");
+    cluster.query("create table precious (other text)");
+    cluster.archive_all();
+
+    let (file, exported) =
+        exports.export("precious.sql", &["--table", "public.precious", "--before-drop", "public.precious"]);
+    assert!(exported["restored"]["replayed"]["redo"].is_string(), "{exported:#}");
+    load(&cluster, "back", &file, "select");
+    assert_eq!(rows(&cluster, "back", "precious"), expected);
+
+    // What was prepared and not committed is in nobody's way, and in no file.
+    let (file, exported) =
+        exports.export("odd.csv", &["--format", "csv", "--table", "\"Odd \"\"name\"", "--target-lsn", &odd]);
+    assert_eq!(
+        std::fs::read_to_string(file).unwrap(),
+        "id,\"a,b\"\n1,\"x, \"\"1\"\n2,\"x, \"\"2\"\n3,\"x, \"\"3\"\n"
+    );
+    assert!(exported["notes"][0].as_str().unwrap().contains("'it''s open'"), "{exported:#}");
+    let (file, _) =
+        exports.export("precious.csv", &["--format", "csv", "--table", "precious", "--target-lsn", &odd]);
+    assert_eq!(std::fs::read_to_string(file).unwrap().lines().count(), 301);
+
+    for database in ["younger_wal_log", "younger_file_copy"] {
+        let (file, _) = exports.export(database, &["--table", &format!("{database}.public.t")]);
+        let loaded = format!("{database}_loaded");
+        load(&cluster, &loaded, &file, "select");
+        assert_eq!(rows(&cluster, &loaded, "t"), rows(&cluster, database, "t"));
+        let (file, _) = exports.export(&format!("{database}.all"), &["--database", database]);
+        let loaded = format!("{database}_all");
+        load(&cluster, &loaded, &file, "select");
+        assert_eq!(rows(&cluster, &loaded, "t"), rows(&cluster, database, "t"));
+    }
+    refusals(&exports);
+}
+
+fn refusals(exports: &Exports) {
+    let precious = text(&exports.out.join("precious.sql")).to_owned();
+    let before = std::fs::read(&precious).unwrap();
+    let said = exports.refused(1, &precious, &["--table", "postgres.public.precious"]);
+    assert!(said.contains("precious.sql is already there") && said.contains("--force"), "{said}");
+    assert_eq!(std::fs::read(&precious).unwrap(), before);
+    exports.export("precious.sql", &["--table", "postgres.public.precious", "--force"]);
+    assert_ne!(std::fs::read(&precious).unwrap(), before);
+
+    let new = text(&exports.out.join("new")).to_owned();
+    let said = exports.refused(1, &new, &["--table", "Precius"]);
+    assert!(said.contains("there is no table Precius at the target"), "{said}");
+    let said = exports.refused(1, &new, &["--table", "precious", "--database", "none"]);
+    assert!(said.contains("there is no database none") && said.contains("postgres"), "{said}");
+    let said = exports.refused(2, &new, &["--table", "t"]);
+    assert!(
+        said.contains("younger_file_copy.public.t\n") && said.contains("younger_wal_log.public.t\n"),
+        "{said}"
+    );
+    let two = ["--table", "postgres.public.precious", "--table", "younger_wal_log.public.t"];
+    let said = exports.refused(2, &new, &two);
+    assert!(said.contains("more than one database: "), "{said}");
+    let said = exports.refused(2, &new, &["--format", "csv", "--schema", "postgres.public"]);
+    assert!(said.contains("cannot be written as CSV"), "{said}");
+    exports.refused(2, &new, &[]);
+    exports.refused(2, &new, &["--schema", "a.b.c"]);
+    exports.refused(1, &format!("{new}/below"), &["--table", "postgres.public.precious"]);
+    let said = exports.refused(
+        3,
+        &new,
+        &["--table", "postgres.public.precious", "--target-time", "2020-01-01 00:00:00+00"],
+    );
+    assert!(said.contains("backup"), "{said}");
+
+    let dry =
+        exports.site.waltide.json(exports.args(&new, &["--table", "postgres.public.precious", "--dry-run"]));
+    let (reads, tables) = (&dry["export"]["reads"], &dry["export"]["tables"]);
+    assert_eq!(tables[0]["table"], "precious", "{dry:#}");
+    assert!(reads["bytes"].as_u64().unwrap() < reads["whole_bytes"].as_u64().unwrap(), "{dry:#}");
+    assert!(!std::path::Path::new(&new).exists());
+}
