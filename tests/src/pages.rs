@@ -9,7 +9,7 @@
 //! | heap | a tuple's hint bits (not those that say frozen), its command id, padding behind it |
 //! | B-tree | dead line pointers, garbage and split-end flags, the cycle of the vacuum |
 //! | hash | dead line pointers, the dead-tuples flag, unused pages |
-//! | GIN | deleted pages |
+//! | GIN | deleted pages, `pd_lower` and `pd_upper` included |
 //! | GiST | dead line pointers, garbage and follow-right flags, the sequence number of splits |
 //! | SP-GiST | the cache of pages with room on the metapage, which is never logged |
 //! | BRIN | the evacuation flag |
@@ -229,8 +229,11 @@ fn mask_special(page: &mut Page, lower: usize, special: usize) {
         (8, 0xFF82) => {}
         (8, 0xF091..=0xF093) => clear(page, 1),
         (8, _) if u32_at(page, special) == 0x1717 => page[HEADER..special].fill(0),
-        // GIN: flags are … deleted 4
-        (8, flags) if flags & 4 != 0 => page[HEADER..special].fill(0),
+        // GIN: flags are … deleted 4; the server leaves on such a page what was there, replay makes it anew
+        (8, flags) if flags & 4 != 0 => {
+            page[12..16].fill(0);
+            page[HEADER..BLOCK_BYTES - 2].fill(0);
+        }
         _ => {}
     }
 }

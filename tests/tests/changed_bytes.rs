@@ -170,6 +170,7 @@ impl Site {
             restore_command: "waltide fetch %f %p".into(),
             settings: Vec::new(),
             threads: 2,
+            files_only: false,
         };
         let restore = Restore::prepare(archive, layout, &plan, options).await.map_err(|e| told(&e))?;
         let progress: Arc<dyn Progress> = Arc::new(NoProgress);

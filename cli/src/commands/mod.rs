@@ -1,5 +1,6 @@
 //! One small file per verb.
 
+mod advance;
 mod backup;
 mod completions;
 mod doctor;
@@ -36,6 +37,7 @@ pub(crate) enum Command {
     Fetch(fetch::Args),
     Backup(backup::Args),
     Import(import::Args),
+    Advance(advance::Args),
     Index(index::Args),
     List(list::Args),
     Info(info::Args),
@@ -60,6 +62,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Failu
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Backup(args) => backup::run(args, context).await,
         Command::Import(args) => import::run(args, context).await,
+        Command::Advance(args) => advance::run(args, context).await,
         Command::Index(args) => index::run(&args, context).await,
         Command::Fetch(args) => fetch::run(args, context).await,
         Command::List(args) => list::run(&args, context).await,

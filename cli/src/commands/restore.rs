@@ -249,6 +249,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         restore_command: own_restore_command(context)?,
         settings: Vec::new(),
         threads: context.threads,
+        files_only: false,
     };
     let restore = Restore::prepare(&archive, &layout, &plan, options).await.map_err(failed)?;
     let actions = restore.actions();

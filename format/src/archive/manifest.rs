@@ -55,6 +55,8 @@ pub enum BackupKind {
     Incremental,
     /// What changed since the last full was read.
     Differential,
+    /// Archived WAL was replayed onto an older backup, and what that changed was stored.
+    Advanced,
 }
 
 /// Who made a backup's files.
@@ -65,6 +67,8 @@ pub enum BackupMethod {
     Backup,
     /// `waltide import`, out of a pg_basebackup.
     Import,
+    /// `waltide advance`, out of an older backup and archived WAL.
+    Advance,
 }
 
 /// A tablespace apart from the two of the data directory.

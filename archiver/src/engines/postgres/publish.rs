@@ -166,6 +166,15 @@ impl Destination {
         Ok(Self { archive: archive.clone(), system, segment_size: info.segment_size })
     }
 
+    /// A system that the catalogue has.
+    pub(super) fn of_system(archive: &Archive, layout: &Layout, system: &SystemInfo) -> Self {
+        Self {
+            archive: archive.clone(),
+            system: layout.system(system.system_id),
+            segment_size: system.segment_size,
+        }
+    }
+
     /// Announces a backup under a name that no other has.
     pub(super) async fn announce(
         &self,

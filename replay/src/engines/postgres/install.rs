@@ -140,6 +140,11 @@ impl ServerUser {
         ids.map(|ids| Self { other: Some(ids) }).ok_or(InstallError::NoUser)
     }
 
+    /// Ourselves, whoever we are: for files that no server is started on.
+    pub const fn ourselves() -> Self {
+        Self { other: None }
+    }
+
     /// The user and group that files must be given to; none where they are ours already.
     pub const fn owner(self) -> Option<(u32, u32)> {
         self.other

@@ -42,8 +42,8 @@ pub use log_names::ArchivedNames;
 pub use names::{Followed, NamesError, follow};
 pub use queue::{ReadAhead, Wanted};
 pub use restore::{
-    Actions, Deletion, Owner, PlaceError, Placed, Reads, Restore, RestoreError, RestoreOptions, Restored,
-    restore_command,
+    Actions, BroughtForward, Deletion, Owner, PlaceError, Placed, Reads, Restore, RestoreError,
+    RestoreOptions, Restored, restore_command,
 };
 pub use scratch_server::{ScratchError, ScratchPlace, ScratchServer};
 pub use selection::Selection;

@@ -42,6 +42,7 @@ pub(super) fn restore_options(
         settings: Vec::new(),
         selection: None,
         threads,
+        files_only: false,
     }
 }
 

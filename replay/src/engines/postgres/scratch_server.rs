@@ -27,6 +27,8 @@ use super::scratch_settings::ScratchSettings;
 
 /// What the names of scratch places start with.
 const PREFIX: &str = "waltide-drill-";
+/// What those start with that an advance works in.
+const ADVANCE_PREFIX: &str = "waltide-advance-";
 /// What those start with that are to stay.
 const KEPT_PREFIX: &str = "waltide-kept-";
 /// The number in the socket's name; nothing listens on it.
@@ -141,18 +143,29 @@ pub struct ScratchPlace {
 impl ScratchPlace {
     /// Makes the place below `parent`, after removing there what killed processes of this machine left behind.
     pub fn create(parent: &Path, id: &str, user: ServerUser, keep: bool) -> Result<Self, ScratchError> {
-        let parent = parent.canonicalize().map_err(local("find", parent))?;
-        sweep(&parent, user);
         let name = match keep {
             true => format!("{KEPT_PREFIX}{id}"),
             false => format!("{PREFIX}{id}-{}", Owner::ourselves()),
         };
+        let place = Self::make(parent, &name, user, keep)?;
+        place.directory("server")?;
+        place.directory("server/socket")?;
+        Ok(place)
+    }
+
+    /// Makes a place for files alone, after removing what killed processes left behind.
+    pub fn for_files(parent: &Path, id: &str) -> Result<Self, ScratchError> {
+        let name = format!("{ADVANCE_PREFIX}{id}-{}", Owner::ourselves());
+        Self::make(parent, &name, ServerUser::ourselves(), false)
+    }
+
+    fn make(parent: &Path, name: &str, user: ServerUser, keep: bool) -> Result<Self, ScratchError> {
+        let parent = parent.canonicalize().map_err(local("find", parent))?;
+        sweep(&parent, user);
         let path = parent.join(name);
         fs::DirBuilder::new().mode(0o700).create(&path).map_err(local("create", &path))?;
         let place = Self { path, user, keep };
         user.give(&place.path).map_err(local("give away", &place.path))?;
-        place.directory("server")?;
-        place.directory("server/socket")?;
         Ok(place)
     }
 
@@ -252,11 +265,15 @@ fn sweep(parent: &Path, user: ServerUser) {
     let ours = [Some(rustix::process::geteuid().as_raw()), user.owner().map(|(uid, _)| uid)];
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix(PREFIX).and_then(Owner::parse);
+        let rest = [PREFIX, ADVANCE_PREFIX].into_iter().find_map(|prefix| name.strip_prefix(prefix));
+        let owner = rest.and_then(Owner::parse);
         let Ok(found) = entry.metadata() else { continue };
         let is_ours = found.is_dir() && ours.contains(&Some(found.uid()));
         if is_ours && owner.is_some_and(Owner::is_gone) {
-            tracing::warn!("{} was left behind by a drill that was killed; removed", entry.path().display());
+            tracing::warn!(
+                "{} was left behind by a command that was killed; removed",
+                entry.path().display()
+            );
             remove(&entry.path());
         }
     }

@@ -171,7 +171,7 @@ async fn read<'a>(archive: &Archive, part: Part<'a>) -> Result<Vec<(&'a SegmentE
 }
 
 /// Segments over which a record runs that no index has: each came before its neighbour was there.
-fn unjoined(entries: &[&SegmentEntry], from: Lsn) -> Vec<Range<usize>> {
+pub(super) fn unjoined(entries: &[&SegmentEntry], from: Lsn) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut open: Option<usize> = None;
     for (i, entry) in entries.iter().enumerate() {
@@ -212,7 +212,7 @@ fn restarted<'a>(entries: &[&'a SegmentEntry], restarts: &[Lsn], from: Lsn) -> V
 }
 
 /// The index of the last of `entries` with the record in it that began in the first and runs over all of them.
-async fn join(archive: &Archive, entries: &[&SegmentEntry]) -> Result<SegmentIndex, ChangesError> {
+pub(super) async fn join(archive: &Archive, entries: &[&SegmentEntry]) -> Result<SegmentIndex, ChangesError> {
     let mut tail: Option<(&SegmentEntry, PreviousTail)> = None;
     for (entry, is_last) in (1..).map(|n| n == entries.len()).zip(entries).map(|(is_last, e)| (*e, is_last)) {
         let stored = read_stored(archive, &entry.path).await.map_err(ChangesError::of)?;

@@ -1,5 +1,6 @@
 //! A base backup of a running server, taken from its files.
 
+mod advance;
 mod base;
 mod changes;
 mod config;
@@ -20,6 +21,7 @@ use waltide_format::engines::postgres::cluster::{BackupLabel, LabelError, versio
 use waltide_format::{BLOCK_BYTES, BackupId, Lsn, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
+pub use self::advance::{Advance, AdvanceRequest, AdvancedFiles};
 use self::base::{Base, Search};
 pub use self::changes::{ChangesError, changed_blocks};
 use self::config::config_files;
@@ -153,6 +155,14 @@ pub enum BackupError {
     /// The backup label makes no sense.
     #[error("the server's backup label cannot be used")]
     Label(#[from] LabelError),
+    /// A backup cannot be brought forward.
+    #[error("backup {backup} cannot be advanced: {why}")]
+    NotAdvanced {
+        /// The backup.
+        backup: BackupId,
+        /// What stands in the way.
+        why: String,
+    },
     /// Pages are damaged, and the backup was to be refused then.
     #[error(
         "{count} pages do not have their checksum, the first is {first}\nhint: find the hardware at fault; --damaged-pages warn takes the backup nevertheless."

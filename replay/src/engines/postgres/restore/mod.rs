@@ -81,6 +81,8 @@ pub struct RestoreOptions {
     pub selection: Option<Selection>,
     /// How many threads to work with.
     pub threads: usize,
+    /// Whether only the files are wanted, for no server to start on: whose they are does not matter then.
+    pub files_only: bool,
 }
 
 impl RestoreOptions {
@@ -144,6 +146,9 @@ pub enum RestoreError {
     /// Native replay failed.
     #[error("native replay failed\nhint: restore with --replay server")]
     Forward(#[from] ForwardError),
+    /// Files can be brought forward natively alone.
+    #[error("the files can be brought forward natively only, and PostgreSQL was to replay the log")]
+    NotNative,
     /// A file could not be written.
     #[error("cannot {doing} {}", path.display())]
     Io {
@@ -170,7 +175,11 @@ impl RestoreError {
                     | FetchError::Foreign { .. }
             ),
             Self::Forward(e) => e.is_damage(),
-            Self::Place(_) | Self::Unknown(_) | Self::FileBlocks { .. } | Self::Io { .. } => false,
+            Self::Place(_)
+            | Self::Unknown(_)
+            | Self::FileBlocks { .. }
+            | Self::NotNative
+            | Self::Io { .. } => false,
         }
     }
 }
@@ -263,6 +272,15 @@ pub struct Reads {
     pub whole_bytes: u64,
 }
 
+/// A backup's files brought to a checkpoint's redo point, and what makes a cluster of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BroughtForward {
+    /// What native replay did.
+    pub replayed: Replayed,
+    /// The backup_label with which recovery goes on there.
+    pub backup_label: String,
+}
+
 /// A restore that was looked into and can be carried out.
 #[derive(Debug)]
 pub struct Restore {
@@ -275,6 +293,16 @@ pub struct Restore {
     options: RestoreOptions,
     actions: Actions,
     config_files: Vec<(&'static str, String, u32)>,
+}
+
+/// What was written of a cluster.
+struct Written {
+    total: u64,
+    read_bytes: u64,
+    /// What native replay did, and the pg_control that it leaves.
+    over: Option<(Replayed, Vec<u8>)>,
+    /// The backup's pg_control.
+    control: Vec<u8>,
 }
 
 impl Restore {
@@ -341,33 +369,7 @@ impl Restore {
     pub async fn carry_out(&self, progress: &Arc<dyn Progress>) -> Result<Restored, RestoreError> {
         let started = Instant::now();
         let place = write::Place::new(&self.options.data_dir, &self.actions);
-        let pieces = self.pieces()?;
-        let is_control = |p: &Piece| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE);
-        let (control, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_control);
-        let (control, file_blocks) = self.control_file(control).await?;
-        let mut ready = match file_blocks.checked_rem(PART_BLOCKS) {
-            Some(0) => self.read_log(progress).await?,
-            // No release is built so, but one may be.
-            _ if self.is_native_only() => return Err(RestoreError::FileBlocks { found: file_blocks }),
-            _ => None,
-        };
-        let (total, read_bytes, over) = loop {
-            let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
-            let (total, read_bytes) = self.write_files(&place, pieces.clone(), superseding, progress).await?;
-            let Some(forward) = &ready else { break (total, read_bytes, None) };
-            match blocking(|| self.replay(&place, forward, &control, progress.as_ref())) {
-                Ok(over) => break (total, read_bytes, Some(over)),
-                Err(e) if self.is_native_only() => return Err(e.into()),
-                // Never patch and go on: what is there is thrown away, and PostgreSQL does it all.
-                Err(e) => {
-                    let text = format!("native replay failed, PostgreSQL replays everything: {}", causes(&e));
-                    progress.message(&text);
-                    tracing::warn!("{text}");
-                    ready = None;
-                    blocking(|| place.discard(&self.actions.tablespaces))?;
-                }
-            }
-        };
+        let Written { total, read_bytes, over, control } = self.write_cluster(&place, progress).await?;
         let last = self.plan.segments.iter().filter(|s| s.partial);
         for segment in last {
             // PostgreSQL asks for no .partial, so it has to lie in pg_wal under the segment's name.
@@ -388,9 +390,8 @@ impl Restore {
             Some(_) => write::Synced::Everything,
             None => write::Synced::Backup(&self.manifest),
         };
-        let mode =
-            self.manifest.files.iter().find(|f| f.path == CONTROL_FILE).map_or(0o600, |f| f.mode & 0o777);
-        blocking(|| place.finish(files, CONTROL_FILE, &handed_over.unwrap_or(control), mode))?;
+        let control = handed_over.unwrap_or(control);
+        blocking(|| place.finish(files, CONTROL_FILE, &control, self.control_mode()))?;
         Ok(Restored {
             data_dir: self.options.data_dir.clone(),
             files: self.actions.files,
@@ -400,6 +401,60 @@ impl Restore {
             replayed,
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Writes the backup's files, and brings them forward where the log is replayed natively. pg_control is not among them.
+    async fn write_cluster(
+        &self,
+        place: &write::Place,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Written, RestoreError> {
+        let pieces = self.pieces()?;
+        let is_control = |p: &Piece| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE);
+        let (control, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_control);
+        let (control, file_blocks) = self.control_file(control).await?;
+        let mut ready = match file_blocks.checked_rem(PART_BLOCKS) {
+            Some(0) => self.read_log(progress).await?,
+            // No release is built so, but one may be.
+            _ if self.is_native_only() => return Err(RestoreError::FileBlocks { found: file_blocks }),
+            _ => None,
+        };
+        let (total, read_bytes, over) = loop {
+            let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
+            let (total, read_bytes) = self.write_files(place, pieces.clone(), superseding, progress).await?;
+            let Some(forward) = &ready else { break (total, read_bytes, None) };
+            match blocking(|| self.replay(place, forward, &control, progress.as_ref())) {
+                Ok(over) => break (total, read_bytes, Some(over)),
+                Err(e) if self.is_native_only() => return Err(e.into()),
+                // Never patch and go on: what is there is thrown away, and PostgreSQL does it all.
+                Err(e) => {
+                    let text = format!("native replay failed, PostgreSQL replays everything: {}", causes(&e));
+                    progress.message(&text);
+                    tracing::warn!("{text}");
+                    ready = None;
+                    blocking(|| place.discard(&self.actions.tablespaces))?;
+                }
+            }
+        };
+        Ok(Written { total, read_bytes, over, control })
+    }
+
+    /// Writes the backup's files and brings them forward natively, and nothing that a restore adds: no settings, no label,
+    /// no signal. pg_control is the new one. Nothing is synced.
+    pub async fn bring_forward(&self, progress: &Arc<dyn Progress>) -> Result<BroughtForward, RestoreError> {
+        let place = write::Place::new(&self.options.data_dir, &self.actions);
+        let written = self.write_cluster(&place, progress).await?;
+        let (replayed, control) = written.over.ok_or(RestoreError::NotNative)?;
+        let backup_label = replayed.backup_label(self.manifest.segment_size);
+        blocking(|| {
+            place.put(CONTROL_FILE, &control, self.control_mode())?;
+            place.remove(MARKER)
+        })?;
+        Ok(BroughtForward { replayed, backup_label })
+    }
+
+    fn control_mode(&self) -> u32 {
+        self.manifest.files.iter().find(|f| f.path == CONTROL_FILE).map_or(0o600, |f| f.mode & 0o777)
     }
 
     fn is_native_only(&self) -> bool {
@@ -710,7 +765,10 @@ fn actions(
     }
     let (made, map) = (&options.made, &options.tablespace_map);
     let tablespaces = place::map_tablespaces(&manifest.tablespaces, made, map, data_dir)?;
-    let owner = place::owner(data_dir, options.owner)?;
+    let owner = match options.files_only {
+        true => None,
+        false => place::owner(data_dir, options.owner)?,
+    };
     // Only a restore of this very backup to these very places may go on without being allowed to clear.
     let marker = fs::read_to_string(data_dir.join(MARKER));
     let unfinished = marker.is_ok_and(|found| found == marker_text(manifest, &tablespaces));

@@ -168,6 +168,7 @@ impl Site {
             restore_command: "waltide fetch %f %p".into(),
             settings: vec![],
             threads: 2,
+            files_only: false,
         }
     }
 
