@@ -391,12 +391,13 @@ impl Restore {
             None => write::Synced::Backup(&self.manifest),
         };
         let control = handed_over.unwrap_or(control);
+        let written_bytes = total.saturating_add(control.len() as u64);
         blocking(|| place.finish(files, CONTROL_FILE, &control, self.control_mode()))?;
         Ok(Restored {
             data_dir: self.options.data_dir.clone(),
             files: self.actions.files,
             bytes: self.actions.bytes,
-            written_bytes: total,
+            written_bytes,
             read_bytes,
             replayed,
             seconds: started.elapsed().as_secs_f64(),
