@@ -10,7 +10,7 @@ use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile};
 use waltide_format::engines::postgres::detail::tell_segment;
 use waltide_format::engines::postgres::scan::{Previous, PreviousLog, Scan, ScanContext, scan_segment};
 use waltide_format::engines::postgres::wal::{
-    Compression, Expected, Next, Prepare, RecordStream, Rmgr, SegmentSpan, XlogRecord,
+    Block, Compression, Expected, Next, Prepare, Record, RecordStream, Rmgr, SegmentSpan, XlogRecord,
 };
 use waltide_format::{BLOCK_BYTES, ForkNumber, Lsn, PgMajor, SegmentName, SegmentSize};
 
@@ -248,4 +248,33 @@ fn a_changed_byte_in_any_record_of_a_real_segment_is_refused() {
         }
         assert!(noticed * 100 >= tried * 95, "{major}: {noticed} of {tried}");
     }
+}
+
+#[test]
+fn a_record_without_other_blocks_images_says_the_same_of_its_block() {
+    let (mut smaller, mut whole) = (0, 0);
+    for (major, _) in PgMajor::ALL {
+        for (name, bytes) in segments(major) {
+            let span = SegmentSpan::containing(name.start(size()).unwrap(), size()).unwrap();
+            let mut stream = RecordStream::new(&bytes, span, Expected::default(), None).unwrap();
+            let mut blocks = Vec::new();
+            while let Next::Record(record) = stream.next_record().unwrap() {
+                for id in record.blocks().map(|b| Some(b.id)).chain([None]) {
+                    let bytes = record.for_block(id);
+                    let less = Record::decode(&bytes, record.start, record.end, major, &mut blocks);
+                    let less = less.unwrap_or_else(|e| panic!("{major} {}: {e}", record.start));
+                    assert_eq!(less.main_data(), record.main_data(), "{major} {}", record.start);
+                    assert_eq!((less.rmgr(), less.header.info), (record.rmgr(), record.header.info));
+                    for (one, other) in less.blocks().zip(record.blocks()) {
+                        let image = other.image.filter(|_| Some(other.id) == id);
+                        let same_rel = one.same_rel;
+                        assert_eq!(one, Block { image, same_rel, ..other }, "{major} {}", record.start);
+                    }
+                    assert_eq!(less.blocks().len(), record.blocks().len());
+                    if bytes.len() < record.bytes().len() { smaller += 1 } else { whole += 1 }
+                }
+            }
+        }
+    }
+    assert!(smaller > 100 && whole > 1000, "{smaller} {whole}");
 }

@@ -3,7 +3,7 @@
 use crate::engines::postgres::wal::pglz;
 use crate::error::{Corrupt, Problem};
 use crate::ids::{BLOCK_BYTES, PgMajor};
-use crate::reader::Reader;
+use crate::reader::{Reader, Writer};
 
 /// How an image is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +90,14 @@ impl ImageHeader {
             return Err(Corrupt::invalid("hole_offset", hole_at, u64::from(hole_offset)));
         }
         Ok(Self { bytes, hole_offset, hole_bytes, compression, apply, info })
+    }
+
+    /// Writes it as it was read.
+    pub(super) fn encode(&self, w: &mut Writer) {
+        w.u16(self.bytes).u16(self.hole_offset).u8(self.info);
+        if self.compression != Compression::None && self.hole_bytes > 0 {
+            w.u16(self.hole_bytes);
+        }
     }
 }
 

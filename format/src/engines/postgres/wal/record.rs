@@ -1,10 +1,12 @@
 //! One record: its header, its block references, its data. Layout: docs/wal.md, "Record".
 
+use std::borrow::Cow;
+
 use crate::engines::postgres::wal::image::{Image, ImageHeader};
 use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, PgMajor, RelFileLocator, Xid};
-use crate::reader::Reader;
+use crate::reader::{Reader, Writer};
 
 /// `SizeOfXLogRecord`.
 pub const RECORD_HEADER_BYTES: usize = 24;
@@ -308,6 +310,48 @@ impl<'a> Record<'a> {
     /// The block of that number, where there is one.
     pub fn block(&self, id: u8) -> Option<Block<'a>> {
         self.blocks.iter().find(|block| block.id == id).map(|block| block.view(self.bytes))
+    }
+
+    /// The record as redo of one of its blocks needs it, or of none: without the other blocks' images, and with a CRC of
+    /// its own. A replication origin and a toplevel transaction are left out with them.
+    pub fn for_block(&self, id: Option<u8>) -> Cow<'a, [u8]> {
+        if self.blocks.iter().all(|block| block.image.is_none() || Some(block.id) == id) {
+            return Cow::Borrowed(self.bytes);
+        }
+        let is_kept = |block: &BlockRef| Some(block.id) == id;
+        let mut w = Writer::new();
+        w.bytes(self.bytes.get(..RECORD_HEADER_BYTES).unwrap_or_default());
+        for block in self.blocks {
+            let image = block.image.filter(|_| is_kept(block));
+            let flags = block.flags & !(SAME_REL | HAS_IMAGE);
+            let data_bytes = u16::try_from(block.data.bytes).unwrap_or(u16::MAX);
+            w.u8(block.id).u8(if image.is_some() { flags | HAS_IMAGE } else { flags }).u16(data_bytes);
+            if let Some((header, _)) = image {
+                header.encode(&mut w);
+            }
+            let RelFileLocator { spc_oid, db_oid, rel_number } = block.relation;
+            w.u32(spc_oid).u32(db_oid).u32(rel_number).u32(block.block);
+        }
+        if self.parsed.main.bytes > 0 {
+            w.u8(BLOCK_ID_DATA_LONG).u32(self.parsed.main.bytes);
+        }
+        for block in self.blocks {
+            if let Some((_, span)) = block.image.filter(|_| is_kept(block)) {
+                w.bytes(span.of(self.bytes));
+            }
+            w.bytes(block.data.of(self.bytes));
+        }
+        w.bytes(self.main_data());
+        let mut bytes = w.into_bytes();
+        let total = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        if let Some(field) = bytes.first_chunk_mut::<4>() {
+            *field = total.to_le_bytes();
+        }
+        let crc = crc_of(&bytes);
+        if let Some(field) = bytes.get_mut(CRC_OFFSET..RECORD_HEADER_BYTES) {
+            field.copy_from_slice(&crc.to_le_bytes());
+        }
+        Cow::Owned(bytes)
     }
 
     /// Bytes of full-page images. The rest is what pg_waldump calls the record's length.

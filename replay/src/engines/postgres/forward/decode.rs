@@ -159,26 +159,28 @@ impl Decoded {
     fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
-        let number = self.records.len();
-        let before = self.deeds.len();
-        let mut put = |deed: Deed| self.deeds.push((number, deed));
         if has_pages(record) {
-            if !redo::knows(record) {
+            if !redo::vouches_for(record) {
                 return Err(unknown);
             }
             for block in record.blocks() {
                 let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
-                put(Deed::Page { tag, how: How::Block(block.id), anew: block.makes_page_anew() });
+                let how = How::Block(block.id);
+                self.add_page(record, tag, how, block.makes_page_anew());
             }
             for (relation, block) in implicit_vm_blocks(record) {
                 let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-                put(Deed::Page { tag, how: How::ClearVisibility, anew: false });
+                self.add_page(record, tag, How::ClearVisibility, false);
             }
-        } else if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
+            return Ok(());
+        }
+        let number = self.records.len();
+        let before = self.deeds.len();
+        if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
             decoded(DatabaseRecord::decode(record), &unknown)?
         {
             let (from, to) = ((from_spc_oid, from_db_oid), (spc_oid, db_oid));
-            put(Deed::Copy(DatabaseCopy { at: record.start, from, to }));
+            self.deeds.push((number, Deed::Copy(DatabaseCopy { at: record.start, from, to })));
         } else {
             if !redo::vouches_for(record) {
                 return Err(unknown);
@@ -193,11 +195,31 @@ impl Decoded {
             }
         }
         if self.deeds.len() > before {
-            let (from, bytes) = (self.arena.len(), record.bytes());
-            self.arena.extend_from_slice(bytes);
-            self.records.push(Span { start: record.start, end: record.end, from, bytes: bytes.len() });
+            self.keep(record, record.bytes());
         }
         Ok(())
+    }
+
+    /// A page needs of the record no other page's image; those would be most of what is kept.
+    fn add_page(&mut self, record: &Record<'_>, tag: PageTag, how: How, anew: bool) {
+        let id = match how {
+            How::Block(id) => Some(id),
+            How::ClearVisibility | How::CutVisibility(_) => None,
+        };
+        let needed = record.for_block(id);
+        // Without images one copy serves all of the record's pages.
+        let last = self.records.last().filter(|last| last.start == record.start && !anew);
+        let same = last.is_some_and(|last| last.bytes == needed.len() && record.image_bytes() == 0);
+        if !same {
+            self.keep(record, &needed);
+        }
+        self.deeds.push((self.records.len().saturating_sub(1), Deed::Page { tag, how, anew }));
+    }
+
+    fn keep(&mut self, record: &Record<'_>, bytes: &[u8]) {
+        let from = self.arena.len();
+        self.arena.extend_from_slice(bytes);
+        self.records.push(Span { start: record.start, end: record.end, from, bytes: bytes.len() });
     }
 
     /// What the record does to relations' files.

@@ -218,6 +218,11 @@ impl Forward {
         self.mode
     }
 
+    /// What is left of the memory for what is kept: the segments under way and the ranges being written need some, too.
+    fn budget(&self) -> usize {
+        (self.memory / 2).max(self.memory.saturating_sub(256 << 20))
+    }
+
     /// Bytes of log that are read.
     pub fn wal_bytes(&self) -> u64 {
         self.point.redo.get().saturating_sub(self.from.get())
@@ -269,7 +274,7 @@ impl Forward {
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
             let wanted = Wanted { from: self.from, until: self.point.redo };
-            let keeper = Keeper::new(Spill::new(scratch)?, self.memory / 2, selection.cloned());
+            let keeper = Keeper::new(Spill::new(scratch)?, self.budget(), selection.cloned());
             let scanned = scan::scan(&self.indexes, &self.segments, wanted, keeper, threads, progress);
             match scanned.await {
                 Ok(log) => {
