@@ -1,10 +1,11 @@
 //! Tables taken out of past moments: what is written holds the rows the source had, and little is read for it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 use waltide_tests::site::{read_dir, text};
-use waltide_tests::{Cluster, Site};
+use waltide_tests::{Cluster, Output, Site, poll_until};
 
 /// A site with a place for exports and what they write.
 struct Exports {
@@ -44,6 +45,13 @@ impl Exports {
         let out = self.site.waltide.fails(status, self.args(output, args));
         self.assert_clean(&out.describe());
         out.stderr
+    }
+
+    #[track_caller]
+    fn assert_stopped(&self, stopped: &Output) {
+        assert_eq!(stopped.status, 1, "{}", stopped.describe());
+        assert!(stopped.stderr.contains("the export was stopped"), "{}", stopped.describe());
+        self.assert_clean(&stopped.describe());
     }
 
     #[track_caller]
@@ -243,6 +251,29 @@ fn a_dropped_table_comes_back_and_one_of_a_younger_database_too() {
         assert_eq!(rows(&cluster, &loaded, "t"), rows(&cluster, database, "t"));
     }
     refusals(&exports);
+}
+
+#[test]
+fn an_export_that_is_stopped_leaves_nothing() {
+    let exports = Exports::new("export-stopped");
+    let cluster = exports.start();
+    cluster.query("create table long as select g, md5(g::text) from generate_series(1, 2000000) g");
+    exports.site.back_up(&cluster);
+    cluster.archive_all();
+    let output = exports.out.join("long.sql");
+    let start = |stage: &str, is_there: &dyn Fn() -> bool| {
+        let export = exports.site.waltide.spawn(exports.args(text(&output), &["--table", "long"]));
+        poll_until(stage, Duration::from_secs(120), || is_there().then_some(()));
+        export
+    };
+    // While files are restored, and while pg_dump writes.
+    let restoring = || read_dir(&exports.place).iter().any(|place| place.join("data/global").exists());
+    let stopped = start("the restore", &restoring).terminate();
+    exports.assert_stopped(&stopped);
+    let unfinished = || read_dir(&exports.out).iter().any(|f| f.metadata().is_ok_and(|m| m.len() > 0));
+    let stopped = start("pg_dump", &unfinished).interrupt();
+    exports.assert_stopped(&stopped);
+    assert_eq!(read_dir(&exports.out), Vec::<PathBuf>::new());
 }
 
 fn refusals(exports: &Exports) {
