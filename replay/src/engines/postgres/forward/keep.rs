@@ -168,10 +168,6 @@ impl Keeper {
                 Deed::State => {
                     let more = self.kept.state.push(&entry(How::Block(0), 0));
                     self.buffered = self.buffered.saturating_add(more);
-                    if self.kept.state.buffered() >= CHUNK_BYTES {
-                        let less = self.kept.state.flush(&self.spill)?;
-                        self.buffered = self.buffered.saturating_sub(less);
-                    }
                 }
                 Deed::Create { relation, fork } => {
                     if !self.is_gone(*relation) {
@@ -224,9 +220,6 @@ impl Keeper {
         }
         self.buffered = self.buffered.saturating_add(part.chain.push(entry));
         self.kept.changes = self.kept.changes.saturating_add(1);
-        if part.chain.buffered() >= CHUNK_BYTES {
-            self.buffered = self.buffered.saturating_sub(part.chain.flush(&self.spill)?);
-        }
         Ok(())
     }
 
@@ -261,12 +254,11 @@ impl Keeper {
 
     /// Moves buffers to the file, the long ones first.
     fn make_room(&mut self) -> io::Result<()> {
-        for least in [CHUNK_BYTES / 16, 1] {
-            let parts = self.kept.relations.values_mut().flat_map(|r| &mut r.0);
-            let chains = parts.flat_map(|fork| fork.parts.values_mut()).map(|part| &mut part.chain);
-            let newer = self.newer.iter_mut().map(|kept| &mut kept.state);
-            for chain in chains.chain([&mut self.kept.state]).chain(newer) {
-                if chain.buffered() >= least {
+        for least in [CHUNK_BYTES, CHUNK_BYTES / 16, 1] {
+            for kept in self.newer.iter_mut().chain([&mut self.kept]) {
+                let forks = kept.relations.values_mut().flat_map(|r| &mut r.0);
+                let chains = forks.flat_map(|fork| fork.parts.values_mut()).map(|part| &mut part.chain);
+                for chain in chains.chain([&mut kept.state]).filter(|chain| chain.buffered() >= least) {
                     self.buffered = self.buffered.saturating_sub(chain.flush(&self.spill)?);
                 }
             }

@@ -218,9 +218,9 @@ impl Forward {
         self.mode
     }
 
-    /// What is left of the memory for what is kept: the segments under way and the ranges being written need some, too.
-    fn budget(&self) -> usize {
-        (self.memory / 2).max(self.memory.saturating_sub(256 << 20))
+    /// What is left of the memory for what is kept: buffers grow by doubling, and the segments under way need some, too.
+    const fn budget(&self) -> usize {
+        self.memory / 2
     }
 
     /// Bytes of log that are read.

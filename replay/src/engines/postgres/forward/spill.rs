@@ -10,7 +10,7 @@ use waltide_format::{BlockNumber, Lsn};
 
 use super::decode::How;
 
-/// A buffer of this size goes to the file.
+/// Buffers of this size and longer go to the file first.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// `start`, `end`, how, argument.
 const HEAD_BYTES: usize = 8 + 8 + 1 + 4;
