@@ -9,6 +9,9 @@ use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator}
 
 use super::super::redo;
 
+/// A record with more data than this besides its pages is not copied for each of them.
+const MAIN_DATA_MAX: usize = 64 << 10;
+
 /// A page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct PageTag {
@@ -159,7 +162,7 @@ impl Decoded {
     fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
-        if has_pages(record) {
+        if record.blocks().len() > 0 {
             if !redo::vouches_for(record) {
                 return Err(unknown);
             }
@@ -206,12 +209,12 @@ impl Decoded {
             How::Block(id) => Some(id),
             How::ClearVisibility | How::CutVisibility(_) => None,
         };
-        let needed = record.for_block(id);
-        // Without images one copy serves all of the record's pages.
-        let last = self.records.last().filter(|last| last.start == record.start && !anew);
-        let same = last.is_some_and(|last| last.bytes == needed.len() && record.image_bytes() == 0);
-        if !same {
-            self.keep(record, &needed);
+        // One copy serves all of the record's pages where there are no images to leave out, or little would be left out.
+        let is_shared = record.image_bytes() == 0 || record.main_data().len() > MAIN_DATA_MAX;
+        if !is_shared {
+            self.keep(record, &record.for_block(id));
+        } else if self.records.last().is_none_or(|last| last.start != record.start) {
+            self.keep(record, record.bytes());
         }
         self.deeds.push((self.records.len().saturating_sub(1), Deed::Page { tag, how, anew }));
     }
@@ -275,22 +278,4 @@ impl Decoded {
 /// A record of a kind that does not decode is as unknown as one of no known kind.
 fn decoded<T>(found: Option<Result<T, Corrupt>>, unknown: &Unknown) -> Result<Option<T>, Unknown> {
     found.transpose().map_err(|_| unknown.clone())
-}
-
-/// Whether what the record does is said by blocks.
-fn has_pages(record: &Record<'_>) -> bool {
-    record.blocks().len() > 0
-        || matches!(
-            record.rmgr(),
-            Rmgr::HEAP
-                | Rmgr::HEAP2
-                | Rmgr::BTREE
-                | Rmgr::HASH
-                | Rmgr::GIN
-                | Rmgr::GIST
-                | Rmgr::SPGIST
-                | Rmgr::BRIN
-                | Rmgr::SEQ
-                | Rmgr::GENERIC
-        )
 }

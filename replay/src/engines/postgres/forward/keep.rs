@@ -185,8 +185,11 @@ impl Keeper {
                     self.newer.push(std::mem::take(&mut self.kept));
                 }
             }
+            if self.buffered > self.memory {
+                self.make_room()?;
+            }
         }
-        if self.buffered > self.memory { self.make_room() } else { Ok(()) }
+        Ok(())
     }
 
     pub(super) fn finish(mut self) -> Log {
