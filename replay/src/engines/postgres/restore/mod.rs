@@ -469,13 +469,19 @@ impl Restore {
         let scratch = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir);
         let mut forward = forward.as_ref().clone();
         let selection = self.options.selection.as_ref();
-        match forward.read(scratch, selection, self.options.threads, progress.as_ref()).await? {
-            Ok(ready) => Ok(Some(ready)),
-            Err(unknown) if self.is_native_only() => Err(unknown.into()),
-            Err(unknown) => {
+        match forward.read(scratch, selection, self.options.threads, progress.as_ref()).await {
+            Ok(Ok(ready)) => Ok(Some(ready)),
+            Ok(Err(unknown)) if self.is_native_only() => Err(unknown.into()),
+            Ok(Err(unknown)) => {
                 tracing::warn!("{unknown}: PostgreSQL replays everything");
                 Ok(None)
             }
+            // Too little room for what is set aside stops no restore.
+            Err(e @ ForwardError::Spill(_)) if !self.is_native_only() => {
+                tracing::warn!("{}: PostgreSQL replays everything", causes(&e));
+                Ok(None)
+            }
+            Err(e) => Err(e.into()),
         }
     }
 
