@@ -213,6 +213,7 @@ pub async fn plan<S: Source>(
     let fail = |e: S::Error| PlanError::Source(Box::new(e));
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut late = Vec::new();
+    let mut searched = 0usize;
     for candidate in &candidates {
         let head = &candidate.entry.head;
         let mut refuse = |reason: String| attempts.push(Attempt { backup: head.id.clone(), reason });
@@ -248,6 +249,13 @@ pub async fn plan<S: Source>(
             late.push(candidate);
             continue;
         }
+        // Most targets are behind the newest backup. Where it does not have this one, all others are asked at once.
+        if let Target::Xid(xid) = goal.target
+            && searched > 0
+        {
+            reading.ask_where(candidates.iter().map(|c| &c.run), xid).await.map_err(fail)?;
+        }
+        searched = searched.saturating_add(1);
         let found = reading.resolve(&candidate.run, start, consistent, goal).await.map_err(fail)?;
         let found = match found {
             Resolution::NotFound => {
@@ -544,6 +552,13 @@ fn make(
     if let Target::Moment(moment) = &goal.target {
         notes.extend(moment.told());
     }
+    if let (Target::Xid(xid), Some(top)) = (&goal.target, stop.xid)
+        && top != *xid
+    {
+        notes.push(format!(
+            "{xid} is a subtransaction and ended with transaction {top}: the target is that one's end"
+        ));
+    }
     if !head.damaged_pages.is_empty() {
         let count = head.damaged_pages.len();
         notes.push(format!("{count} pages had a wrong checksum when backup {} was made", head.id));
@@ -610,7 +625,8 @@ fn settings(
         (Target::Latest, _) => {}
         (Target::Immediate, _) => set("recovery_target", "immediate".to_owned()),
         (Target::Time(time), _) => set("recovery_target_time", time.to_string()),
-        (Target::Xid(xid), _) => set("recovery_target_xid", xid.to_string()),
+        // PostgreSQL knows a transaction by the number that its end is logged under.
+        (Target::Xid(xid), _) => set("recovery_target_xid", stop.xid.unwrap_or(*xid).to_string()),
         (Target::Lsn(lsn), _) => set("recovery_target_lsn", lsn.to_string()),
         (Target::Moment(moment), _) => set("recovery_target_lsn", moment.lsn.to_string()),
         (Target::Name(name), _) => set("recovery_target_name", name.clone()),

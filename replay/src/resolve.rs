@@ -89,7 +89,7 @@ pub struct Stop {
     pub lsn: Lsn,
     /// End of the record that must be read to see that this is the place.
     pub read_to: Lsn,
-    /// The transaction whose end it is.
+    /// The transaction whose end it is; where the target is a subtransaction, the one that it is a part of.
     pub xid: Option<Xid>,
     /// Its time, or the restore point's.
     pub time: Option<TimestampTz>,
@@ -145,11 +145,31 @@ const AT_ONCE: usize = 8;
 pub(crate) struct Reading<'a, S: Source> {
     source: &'a S,
     known: std::sync::Mutex<BTreeMap<String, Arc<Events>>>,
+    /// Which segments' objects may hold the transaction's end, as far as that was asked.
+    may_end: std::sync::Mutex<BTreeMap<String, bool>>,
 }
 
 impl<'a, S: Source> Reading<'a, S> {
     pub(crate) fn new(source: &'a S) -> Self {
-        Self { source, known: std::sync::Mutex::default() }
+        Self { source, known: std::sync::Mutex::default(), may_end: std::sync::Mutex::default() }
+    }
+
+    /// Asks which segments of all these runs may hold the end of a transaction; what was asked before is not asked again.
+    pub(crate) async fn ask_where<'r>(
+        &self,
+        runs: impl Iterator<Item = &'r Run<'r>>,
+        xid: Xid,
+    ) -> Result<(), S::Error> {
+        let known = || self.may_end.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let entries: BTreeMap<_, _> =
+            runs.flat_map(|run| run.steps.iter().map(|step| (&step.entry.path, step.entry))).collect();
+        let entries: Vec<_> =
+            entries.into_values().filter(|entry| !known().contains_key(&entry.path)).collect();
+        if !entries.is_empty() {
+            let may = self.source.may_end(&entries, xid).await?;
+            known().extend(entries.iter().map(|entry| entry.path.clone()).zip(may));
+        }
+        Ok(())
     }
 
     async fn part(&self, steps: &[Step<'_>], part: Part) -> Result<(Part, Arc<Events>), S::Error> {
@@ -211,10 +231,12 @@ impl<'a, S: Source> Reading<'a, S> {
             Target::Time(_) | Target::Xid(_) | Target::Name(_) => {
                 let mut parts = parts(run, start, &goal.target, goal.inclusive);
                 if let Target::Xid(xid) = goal.target {
-                    let entries: Vec<_> = run.steps.iter().map(|step| step.entry).collect();
-                    let may = self.source.may_end(&entries, xid).await?;
+                    self.ask_where(std::iter::once(run), xid).await?;
+                    let may = self.may_end.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     let fits = |part: &Part| match part {
-                        Part::Segment(i) => may.get(*i).copied().unwrap_or(true),
+                        Part::Segment(i) => {
+                            run.steps.get(*i).and_then(|s| may.get(&s.entry.path)) != Some(&false)
+                        }
                         Part::Straddler(_) => true,
                     };
                     parts.retain(fits);
@@ -440,7 +462,7 @@ pub(crate) fn first_stop(events: &Events, from: Lsn, until: Lsn, end: Lsn, goal:
         }
         Target::Xid(xid) => {
             let kind = if goal.inclusive { StopKind::After } else { StopKind::Before };
-            xacts.find(|x| x.xid == *xid).map(|x| stop(x, kind))
+            xacts.find(|x| x.xid == *xid || x.subxacts.contains(xid)).map(|x| stop(x, kind))
         }
         Target::Name(name) => {
             let mut points = events.restore_points.iter();

@@ -113,6 +113,102 @@ fn each_kind_of_target_has_the_row_of_its_transaction_and_not_the_next() {
     }
 }
 
+/// A subtransaction's number, the transaction that it ended with, and what it was.
+struct Sub {
+    xid: String,
+    top: String,
+    what: &'static str,
+}
+
+#[test]
+fn a_subtransaction_is_a_target_by_its_own_number() {
+    let site = Site::with("subtransactions", |builder| builder.setting("max_prepared_transactions", "5"));
+    site.cluster.query("create table t (what text)");
+    site.backup();
+    let insert =
+        |what: &str| format!("insert into t values ('{what}'); select xmin from t where what = '{what}'");
+    let does = |what: &'static str, inner: &str, end: &str| {
+        let sql = format!(
+            "begin; insert into t values ('with {what}'); select pg_current_xact_id(); {inner}; {end}"
+        );
+        let answer = site.cluster.query(&sql);
+        let [top, .., xid] = answer.lines().collect::<Vec<_>>()[..] else { panic!("{answer}") };
+        Sub { xid: xid.to_owned(), top: top.to_owned(), what }
+    };
+    let released = does("released", &format!("savepoint a; {}; release a", insert("released")), "commit");
+    let nested = does(
+        "nested",
+        &format!("savepoint a; savepoint b; {}; release b; release a", insert("nested")),
+        "commit",
+    );
+    let prepared = does(
+        "prepared",
+        &format!("savepoint a; {}; release a", insert("prepared")),
+        "prepare transaction 'p'",
+    );
+    site.cluster.query("insert into t values ('while it is prepared')");
+    site.cluster.query("commit prepared 'p'");
+    let undone = does("undone", &format!("savepoint a; {}; release a", insert("undone")), "rollback");
+    // It has an abort of its own, which is what PostgreSQL stops at.
+    let mut taken_back =
+        does("taken back", &format!("savepoint a; {}; rollback to a", insert("taken back")), "commit");
+    taken_back.top.clone_from(&taken_back.xid);
+    site.cluster.query("insert into t values ('last')");
+    site.cluster.archive_all();
+
+    let place = site.scratch.fresh_path("planned");
+    let plan = |arguments: &[&str]| {
+        let base = ["restore", "--dry-run", "--data-dir", text(&place)];
+        site.waltide.json([&base[..], arguments].concat())["plan"].take()
+    };
+    for sub in [&released, &nested, &prepared, &undone, &taken_back] {
+        for way in ["--before-xid", "--target-xid"] {
+            let told = plan(&[way, &sub.xid]);
+            assert_eq!(told["stop"]["xid"], sub.top.as_str(), "{}: {told:#}", sub.what);
+            let mut of_top = plan(&[way, &sub.top]);
+            assert_eq!(told["stop"], of_top["stop"], "{}", sub.what);
+            let setting = serde_json::json!(["recovery_target_xid", sub.top]);
+            assert!(told["settings"].as_array().unwrap().contains(&setting), "{told:#}");
+            let note = format!(
+                "{} is a subtransaction and ended with transaction {}: the target is that one's end",
+                sub.xid, sub.top
+            );
+            let noted = told["notes"].as_array().unwrap().contains(&note.into());
+            assert_eq!(noted, sub.xid != sub.top, "{}: {told:#}", sub.what);
+            // Nothing else differs.
+            of_top["goal"].clone_from(&told["goal"]);
+            of_top["notes"].clone_from(&told["notes"]);
+            assert_eq!(told, of_top);
+        }
+    }
+    let nowhere = (prepared.xid.parse::<u32>().unwrap() + 1000).to_string();
+    let refused =
+        site.waltide.fails(3, ["restore", "--dry-run", "--data-dir", text(&place), "--before-xid", &nowhere]);
+    assert!(
+        refused.stderr.contains(&format!("transaction {nowhere} is not in its WAL")),
+        "{}",
+        refused.stderr
+    );
+
+    for (sub, before) in [(&released, 0), (&nested, 2), (&prepared, 5)] {
+        for (way, rows) in [("--before-xid", before), ("--target-xid", before + 2)] {
+            let name = format!("{} {way}", sub.what).replace(' ', "-");
+            let mut cluster = site.restored(&name, &["--archive-mode", "off", way, &sub.xid]);
+            assert_eq!(cluster.query("select count(*) from t"), rows.to_string(), "{name}");
+            let here = format!("select count(*) from t where what = '{}'", sub.what);
+            assert_eq!(cluster.query(&here), if rows == before { "0" } else { "1" }, "{name}");
+            cluster.stop(StopMode::Fast);
+        }
+    }
+    let scratch = site.scratch.dir("place");
+    let check = "select count(*) = 2 from t";
+    let drill = ["drill", "--scratch", text(&scratch), "--before-xid", &nested.xid, "--check", check];
+    let answer = site.waltide.json(drill);
+    assert_eq!(answer["verdict"], "passed", "{answer:#}");
+    let notes = answer["drills"][0]["notes"].as_array().unwrap().iter();
+    assert!(notes.filter_map(|n| n.as_str()).any(|n| n.contains("is a subtransaction")), "{answer:#}");
+}
+
 #[test]
 fn the_plan_says_where_the_server_then_stops() {
     let site = Site::new("watched");

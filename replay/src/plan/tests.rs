@@ -25,6 +25,8 @@ struct Rec {
     end: u64,
     what: What,
     xid: u32,
+    /// The subtransactions that end with it.
+    subxacts: Vec<u32>,
     time: i64,
     /// Whether it was put together when the segment that it begins in was pushed, should it run over an edge.
     joined: bool,
@@ -55,7 +57,7 @@ fn xact(r: &Rec) -> XactEnd {
         end: lsn(r.end),
         time: moment(r.time),
         db_oid: None,
-        subxacts: vec![],
+        subxacts: r.subxacts.iter().map(|xid| Xid::from(*xid)).collect(),
         dropped: vec![],
         gid: None,
     }
@@ -80,6 +82,12 @@ impl Rec {
     fn is_indexed_in(&self, from: u64, to: u64) -> bool {
         let begins = from <= self.start && self.start < to && (self.end <= to || self.joined);
         begins || (self.is_over(from) && self.head_joined)
+    }
+
+    /// Whether it ends a transaction, or the one that this is a part of.
+    fn ends(&self, xid: Xid) -> bool {
+        let is_end = matches!(self.what, What::Commit | What::Abort);
+        is_end && (self.xid == xid.get() || self.subxacts.contains(&xid.get()))
     }
 
     fn is_over(&self, edge: u64) -> bool {
@@ -187,7 +195,7 @@ impl World {
                 let ends = matches!(r.what, What::Commit | What::Abort);
                 let before = match &goal.target {
                     Target::Lsn(l) => !goal.inclusive && r.start >= l.get(),
-                    Target::Xid(x) => !goal.inclusive && ends && r.xid == x.get(),
+                    Target::Xid(x) => !goal.inclusive && r.ends(*x),
                     Target::Time(t) if goal.inclusive => ends && moment(r.time) > *t,
                     Target::Time(t) => ends && moment(r.time) >= *t,
                     _ => false,
@@ -198,7 +206,7 @@ impl World {
                 }
                 let after = match &goal.target {
                     Target::Lsn(l) => goal.inclusive && r.start >= l.get(),
-                    Target::Xid(x) => goal.inclusive && ends && r.xid == x.get(),
+                    Target::Xid(x) => goal.inclusive && r.ends(*x),
                     Target::Name(n) => r.what == What::Point(n.clone()),
                     _ => false,
                 };
@@ -262,6 +270,7 @@ prop_compose! {
     ) -> World {
         let mut at = 3 * MIB;
         let mut records: Vec<Rec> = Vec::new();
+        let mut open = Vec::new();
         for (i, (len, _, kind, jitter, (joined, head_joined))) in steps.into_iter().enumerate() {
             let len = len & !7;
             let what = match kind {
@@ -271,7 +280,15 @@ prop_compose! {
                 _ => What::Other,
             };
             let (xid, time) = (700 + i as u32, (i as i64 * 3 + jitter * 4) * 1_000_000);
-            let r = Rec { start: at, end: at + len.max(8), what, xid, time, joined, head_joined };
+            // Every number that no record ends is a subtransaction of the next that does.
+            let subxacts = match what {
+                What::Commit | What::Abort => std::mem::take(&mut open),
+                _ => {
+                    open.push(xid);
+                    Vec::new()
+                }
+            };
+            let r = Rec { start: at, end: at + len.max(8), what, xid, subxacts, time, joined, head_joined };
             // The fake puts one edge together at the most, as the archive's own joins do.
             at = r.end;
             records.push(r);
@@ -320,6 +337,13 @@ proptest! {
                 prop_assert!(starts.windows(2).all(|w| w[0] + MIB == w[1]), "a hole: {:?}", starts);
                 prop_assert!(starts[starts.len() - 1] + MIB >= plan.stop.read_to.get());
                 prop_assert!(plan.stop.lsn >= plan.consistent_lsn);
+                if let Target::Xid(xid) = goal.target {
+                    let top = world.records.iter().find(|r| r.ends(xid)).unwrap().xid;
+                    let setting = plan.settings.iter().find(|(name, _)| name == "recovery_target_xid").unwrap();
+                    prop_assert_eq!(&setting.1, &top.to_string());
+                    let told = plan.notes.iter().any(|note| note.contains(&format!("ended with transaction {top}")));
+                    prop_assert_eq!(told, top != xid.get());
+                }
                 let known = |r: &&Rec| {
                     r.start >= starts[0] || (r.is_over(starts[0]) && r.head_joined)
                 };
@@ -357,6 +381,7 @@ fn plain(backups: &[(usize, usize)], missing: &[u64]) -> World {
         end: 3 * MIB + (i + 1) * 100_000,
         what: if i == 33 { What::Point("here".into()) } else { What::Commit },
         xid: 700 + i as u32,
+        subxacts: vec![],
         time: i as i64 * 1_000_000,
         joined: true,
         head_joined: true,
@@ -589,6 +614,7 @@ async fn a_transaction_among_many_segments_is_found_in_a_few_of_them() {
         end: at(i) + 80,
         what: What::Commit,
         xid,
+        subxacts: vec![],
         time: i as i64 * 1_000_000,
         joined: false,
         head_joined: false,
