@@ -1,13 +1,16 @@
 //! Tables are found by their names at the moment before they were lost, and come back with exactly their rows.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use waltide_archiver::catalog::{Known, load};
+use waltide_format::TimelineId;
 use waltide_format::archive::{Layout, Rates};
 use waltide_replay::engines::postgres::{
-    ArchivedIndexes, ReplayMode, ReplayPlan, choose_replay, find_moment, made_tablespaces,
+    ArchivedIndexes, ArchivedNames, ReplayMode, ReplayPlan, choose_replay, find_moment, made_tablespaces,
 };
+use waltide_replay::log::{DatabaseMatch, Log, LogFilter, LogSink, Transaction};
 use waltide_replay::{Goal, Loss, Moment, MomentRequest, Plan, TargetTimeline, plan};
 use waltide_storage::{Archive, ArchiveUrl, Faults};
 use waltide_tests::stored::Stored;
@@ -102,6 +105,36 @@ impl Site {
     /// Merges what can be merged, and makes sure that the same is answered as before, and that the archive is whole.
     #[track_caller]
     fn assert_merging_changes_nothing(&self, asked: &[&[&str]]) {
+        let everything = self.waltide.ok(["log", "--json"]).stdout;
+        let all: Vec<Value> = everything.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let time = |nth: usize| all[nth]["time"].as_str().unwrap();
+        let (early, late) = (time(all.len() / 3), time(all.len() * 2 / 3));
+        let touched =
+            |transaction: &Value| Some(transaction["relations"][0]["relation"].as_str()?.to_owned());
+        let files = all.iter().skip(all.len() / 2).find_map(touched).unwrap();
+        let logs: &[&[&str]] = &[
+            &[],
+            &["--dropped"],
+            &["--truncated"],
+            &["--truncated", "--since", early],
+            &["--dropped", "--truncated", "--until", late],
+            &["--dropped", "--relation", "public.precious"],
+            &["--truncated", "--relation", "precious"],
+            &["--truncated", "--relation", "counters"],
+            &["--relation", "precious"],
+            &["--relation", "journal", "--since", early, "--until", late],
+            &["--relation", "again", "--aborted"],
+            &["--relation", "pg_catalog.pg_class", "--since", late],
+            &["--relation", &files],
+            &["--relation", &files, "--numbers"],
+            &["--relation", "1259", "--until", early],
+            &["--relation", "postgres.public.many"],
+            &["--database", "crm"],
+            &["--database", "template"],
+            &["--database", "1", "--numbers"],
+            &["--database", "crm", "--relation", "orders"],
+            &["--xid", all[all.len() / 2]["xid"].as_str().unwrap()],
+        ];
         let answers = || {
             let place = self.scratch.join("alike");
             let base = ["restore", "--dry-run", "--allow-clear", "--data-dir", text(&place)];
@@ -112,8 +145,9 @@ impl Site {
                 told
             };
             let plans = asked.iter().map(plan).collect::<Vec<_>>();
-            let told = |arguments: &[&str]| self.waltide.ok([&["log", "--json"], arguments].concat()).stdout;
-            (plans, [told(&[]), told(&["--dropped"]), told(&["--dropped", "--relation", "public.precious"])])
+            let told =
+                |arguments: &&[&str]| self.waltide.ok([&["log", "--json"], *arguments].concat()).stdout;
+            (plans, logs.iter().map(told).collect::<Vec<_>>())
         };
         let _ = std::fs::remove_dir_all(self.merged());
         let before = answers();
@@ -123,7 +157,9 @@ impl Site {
         for (asked, (before, after)) in asked.iter().zip(before.0.iter().zip(&after.0)) {
             assert_eq!(before, after, "{asked:?}");
         }
-        assert_eq!(before.1, after.1);
+        for (asked, (before, after)) in logs.iter().zip(before.1.iter().zip(&after.1)) {
+            assert_eq!(before, after, "{asked:?}");
+        }
         assert_eq!(self.waltide.json(["verify"])["faults"], serde_json::json!([]));
     }
 
@@ -158,6 +194,36 @@ impl Site {
             (moment, (planned, ReplayPlan::from(&replay)))
         });
         (moment, plan, faults.calls())
+    }
+
+    /// What the log tells, and how many calls of the archive that took.
+    fn log(&self, filter: &LogFilter) -> (Vec<String>, u64) {
+        struct Told(Vec<String>);
+        impl LogSink for Told {
+            fn transaction(&mut self, transaction: Transaction) -> ControlFlow<()> {
+                self.0.push(serde_json::to_string(&transaction).unwrap());
+                ControlFlow::Continue(())
+            }
+            fn hole(&mut self, text: &str) {
+                panic!("{text}");
+            }
+        }
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let url: ArchiveUrl = text(&self.scratch.join("archive")).parse().unwrap();
+        let (faults, layout) = (Faults::none(), Layout::new("main").unwrap());
+        let mut told = Told(Vec::new());
+        runtime.block_on(async {
+            let archive = Archive::open(&url).await.unwrap();
+            let catalog = load(&archive, &layout, None, Known::Nothing, 2).await.unwrap();
+            let counted = archive.with_faults(faults.clone());
+            let (line, system) =
+                (catalog.lineage(TimelineId::FIRST), layout.system(catalog.system.system_id));
+            let source = ArchivedIndexes::new(counted.clone()).with_merged(system.clone());
+            let mut names = ArchivedNames::new(&counted, system, &catalog, &line);
+            let log = Log { catalog: &catalog, line: &line, filter, source: &source, threads: 2 };
+            log.run(&mut names, &mut told).await.unwrap();
+        });
+        (told.0, faults.calls())
     }
 
     /// Restores to a target and starts the server.
@@ -388,7 +454,10 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
     }
     site.backup();
     let pad = Site::pad(20);
-    site.sql("postgres", &pad);
+    for _ in 0..5 {
+        site.sql("postgres", &Site::pad(4));
+        site.sql("postgres", "checkpoint");
+    }
     let (gone, _) = site.does("postgres", "drop table gone");
     let (cut, _) = site.does("postgres", "truncate cut");
     site.sql("postgres", "drop table again; create table again as select 1 as n");
@@ -399,11 +468,15 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
     let prepare =
         format!("begin; select pg_current_xact_id(); drop table two; {pad}; prepare transaction 'far off'");
     let two: u64 = site.sql("postgres", &prepare).lines().next().unwrap().parse().unwrap();
-    site.sql("postgres", &pad);
+    for _ in 0..5 {
+        site.sql("postgres", &Site::pad(4));
+        site.sql("postgres", "checkpoint");
+    }
     site.sql("postgres", "commit prepared 'far off'");
     site.sql("postgres", "alter table again rename to other; alter table other rename to again");
     let (again, _) = site.does("postgres", "drop table again");
     let (in_crm, _) = site.does("crm", "drop schema s cascade");
+    site.sql("postgres", "checkpoint");
     // A catalogue's rows over many edges.
     for n in 0..6 {
         let make = format!(
@@ -413,6 +486,7 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
         site.sql("postgres", "checkpoint");
     }
     let (many, _) = site.does("postgres", "drop table many, many_0_1, many_5_60");
+    site.sql("postgres", "checkpoint");
     let switch = "do $$ begin for i in 1..170 loop perform pg_logical_emit_message(false, 'p', 'x'); \
                   perform pg_switch_wal(); end loop; end $$";
     site.sql("postgres", switch);
@@ -428,6 +502,19 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
         ("many_5_60", "postgres.public.many_5_60", many),
     ];
     let plain: Vec<_> = tables.iter().map(|(table, ..)| site.find(table)).collect();
+    let none = LogFilter::default;
+    let relation = |name: &str| Some(name.parse().unwrap());
+    let filters = [
+        LogFilter { dropped: true, ..none() },
+        LogFilter { truncated: true, ..none() },
+        LogFilter { truncated: true, relation: relation("cut"), ..none() },
+        LogFilter { dropped: true, relation: relation("crm.s.t"), ..none() },
+        LogFilter { relation: relation("postgres.public.gone"), ..none() },
+        LogFilter { relation: relation("two"), ..none() },
+        LogFilter { database: Some(DatabaseMatch::Name("crm".into())), ..none() },
+        LogFilter { xid: Some(u32::try_from(many).unwrap().into()), ..none() },
+    ];
+    let logs = filters.each_ref().map(|filter| site.log(filter));
     let asked: Vec<_> = tables.iter().map(|(table, ..)| ["--before-drop", table]).collect();
     let mut asked: Vec<&[&str]> = asked.iter().map(|arguments| &arguments[..]).collect();
     asked.push(&["--before-truncate", "cut"]);
@@ -442,5 +529,13 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
         // The object of 256, the segments before and behind it, those in which a transaction may have ended that wrote
         // under another step of 16, and the backup's catalogues.
         assert!(*calls > 256 && fewer < 80, "{table}: {calls} calls, {fewer} with merged indexes");
+    }
+    // Besides those, the WAL from where all had begun to where all had ended that may have done it.
+    let most = [250, 250, 130, 250, 130, 250, 250, 120];
+    for ((filter, most), (told, calls)) in filters.iter().zip(most).zip(logs) {
+        let (found, fewer) = site.log(filter);
+        assert_eq!(found, told, "{filter:?}");
+        assert!(!told.is_empty(), "{filter:?}");
+        assert!(fewer < most && fewer + 50 < calls, "{filter:?}: {calls} calls, {fewer} with merged indexes");
     }
 }

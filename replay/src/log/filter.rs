@@ -2,8 +2,8 @@
 
 use std::str::FromStr;
 
-use waltide_format::archive::{FileEventKind, SegmentIndex, SegmentInfo, XactEnd};
-use waltide_format::engines::postgres::catalogue::{TablePattern, TablePatternError};
+use waltide_format::archive::{SegmentInfo, XactEnd};
+use waltide_format::engines::postgres::catalogue::{TableEvent, TableName, TablePattern, TablePatternError};
 use waltide_format::{Oid, RelFileLocator, TimestampTz, Xid};
 
 use super::join::{Effects, Ended};
@@ -80,6 +80,28 @@ impl RelationMatch {
     const fn is_name(&self) -> bool {
         matches!(self, Self::Name(_))
     }
+
+    /// The number that its files, or it, may have.
+    pub(super) const fn number(&self) -> Option<Oid> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Files(_) | Self::Name(_) => None,
+        }
+    }
+
+    /// Whether a relation is meant that had this number, and this name at some time, or is the TOAST table of such a one.
+    pub(crate) fn may_be(&self, oid: Oid, name: &TableName) -> bool {
+        match self {
+            Self::Files(_) => false,
+            Self::Number(number) => *number == oid,
+            Self::Name(pattern) => pattern.matches(name),
+        }
+    }
+
+    /// Whether what became of a table became of one that is meant.
+    pub(crate) fn has_event(&self, event: &TableEvent) -> bool {
+        self.is_table(&TableFate::from(event))
+    }
 }
 
 impl FromStr for RelationMatch {
@@ -125,39 +147,24 @@ impl LogFilter {
             (Some(min), Some(max)) => {
                 self.since.is_none_or(|since| since <= max) && self.until.is_none_or(|until| min <= until)
             }
-            // A commit over the edge may be in nobody's index; the commit that ends a database may come in the next.
-            _ => info.continued_bytes > 0 && !info.head_joined || !self.is_narrow() || self.dropped,
+            // A commit over the edge may be in nobody's index.
+            _ => info.continued_bytes > 0 && !info.head_joined,
         }
     }
 
-    fn is_narrow(&self) -> bool {
+    /// Whether it asks for a range of times, or for what indexes say without merged ones.
+    pub(super) const fn is_narrow(&self) -> bool {
         self.since.is_some() || self.until.is_some() || self.needs_index()
     }
 
-    /// Whether a segment's index says more about that.
+    /// Whether segments' own indexes are worth reading for what they say, where no merged index tells it: all of them
+    /// are, for what few transactions do.
     pub(super) const fn needs_index(&self) -> bool {
         self.xid.is_some() || (self.dropped && !self.truncated)
     }
 
-    /// Whether that is only what is dropped in it.
-    pub(super) const fn needs_drops_alone(&self) -> bool {
-        self.needs_index() && self.xid.is_none()
-    }
-
-    /// The same by its index.
-    pub(super) fn may_end_by(&self, index: &SegmentIndex) -> bool {
-        let open = index.info.continued_bytes > 0 && !index.info.head_joined;
-        let drops = |end: &XactEnd| !self.dropped || !end.dropped.is_empty();
-        open || index.xacts.iter().any(|end| self.may_be(end) && drops(end))
-    }
-
-    /// Whether a wanted transaction may end in this segment or the next, for what it did in this one: the commit that
-    /// ends a database lists no files.
-    pub(super) fn may_end_soon(&self, index: &SegmentIndex) -> bool {
-        self.dropped && index.file_events.iter().any(|e| matches!(e.kind, FileEventKind::DatabaseDrop { .. }))
-    }
-
-    fn may_be(&self, end: &XactEnd) -> bool {
+    /// What can be told of an end.
+    pub(super) fn may_be(&self, end: &XactEnd) -> bool {
         let is_wanted = |xid: Xid| end.xid == xid || end.subxacts.contains(&xid);
         end.kind.is_end()
             && self.covers(end.time)
@@ -226,7 +233,7 @@ mod tests {
         let mut segment = info(7, segment_name(3), Ending::Full);
         let since = LogFilter { since: Some(at(50)), ..LogFilter::default() };
         let until = LogFilter { until: Some(at(50)), ..LogFilter::default() };
-        assert!(LogFilter::default().may_end_in(&segment), "nobody said what is wanted");
+        assert!(!LogFilter::default().is_narrow() && since.is_narrow());
         assert!(!since.may_end_in(&segment), "nothing ends here");
         (segment.continued_bytes, segment.head_joined) = (10, false);
         assert!(since.may_end_in(&segment), "a commit may run over the edge");

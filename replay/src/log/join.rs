@@ -15,7 +15,7 @@ use waltide_format::{ForkNumber, Lsn, Oid, RelFileLocator, Xid};
 use super::transaction::Prepared;
 
 /// A file made by nobody yet known is asked about in so many segments.
-const UNCLAIMED_SEGMENTS: u32 = 3;
+pub(super) const UNCLAIMED_SEGMENTS: u32 = 3;
 
 /// A transaction that ended, by numbers.
 #[derive(Debug, Clone)]

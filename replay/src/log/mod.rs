@@ -1,29 +1,33 @@
 //! The transactions in the archive, in the order of their commits, with what each did.
 //!
 //! Segments are read ahead on several threads and put together in order (`join`); what is read is decided from
-//! the catalogue and the indexes alone (`windows`, `filter`).
+//! the catalogue and the indexes alone (`windows`, `filter`, `signs`).
 
 mod fates;
 mod filter;
 mod join;
 mod names;
+mod signs;
 mod transaction;
 mod windows;
 
+use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
 use futures_util::StreamExt as _;
-use waltide_format::archive::{Catalog, Lineage, SegmentEntry, SegmentIndex, Step, Stretch};
+use waltide_format::archive::{Catalog, Lineage, MERGE_STEPS, SegmentEntry, SegmentIndex, Step, Stretch};
 use waltide_format::engines::postgres::detail::Telling;
 use waltide_format::engines::postgres::wal::{Damage, PreviousTail};
 use waltide_format::{Lsn, Oid, RelFileLocator};
 
 use fates::{Evidence, Fates, fates};
 use join::{Effects, Ended, Joiner};
-use windows::{LookBack, Windows};
+use signs::{CLAIMED_WITHIN, Criterion, Sign};
+use windows::{LookAhead, LookBack, Windows};
 
 pub use filter::{DatabaseMatch, LogFilter, RelationMatch};
 pub use names::{Names, Numbers, RelationName};
+pub use signs::{Known, Meant, Question, WantedRelations};
 pub use transaction::{
     NamedDatabase, NamedRelation, Prepared, RelationCounts, RelationDone, TableFate, TableFateKind,
     Transaction,
@@ -31,6 +35,16 @@ pub use transaction::{
 
 /// Memory for segments that are being read, all threads together.
 const SEGMENT_MEMORY_BYTES: u64 = 1 << 30;
+
+/// How many segments a merged index of the first step covers, and one of the last.
+const FIRST_STEP: u64 = {
+    let [first, ..] = MERGE_STEPS;
+    first
+};
+const LAST_STEP: u64 = {
+    let [.., last] = MERGE_STEPS;
+    last
+};
 
 /// What a segment tells once it is put to the one before.
 #[derive(Debug, Default)]
@@ -60,9 +74,24 @@ pub trait Tellings: Sync {
         entry: &SegmentEntry,
     ) -> impl Future<Output = Result<SegmentIndex, Self::Error>> + Send;
 
-    /// Of steps, in their order, what is known without reading their segments: an index that says with which ends of
-    /// transactions relations go and what happened to files, and nothing else. None of a step of which that is not known.
-    fn drops(
+    /// Whether merged indexes tell of enough of these steps that it is worth asking them.
+    fn has_merged(&self, _steps: &[&Step<'_>]) -> impl Future<Output = Result<bool, Self::Error>> + Send {
+        async { Ok(false) }
+    }
+
+    /// Of steps, in their order, what is known without reading their segments. None of a step of which that is not known.
+    fn known(
+        &self,
+        steps: &[&Step<'_>],
+        _question: &Question,
+    ) -> impl Future<Output = Result<Vec<Option<Known>>, Self::Error>> + Send {
+        let none = vec![None; steps.len()];
+        async move { Ok(none) }
+    }
+
+    /// Of steps, in their order, what is known of which transactions ran, and of the files made, without reading their
+    /// segments.
+    fn horizons(
         &self,
         steps: &[&Step<'_>],
     ) -> impl Future<Output = Result<Vec<Option<SegmentIndex>>, Self::Error>> + Send {
@@ -96,6 +125,28 @@ pub struct Log<'a, S> {
     pub source: &'a S,
     /// How many segments are read at a time.
     pub threads: usize,
+}
+
+/// What segments say of which transactions ran, as far as it was asked.
+struct Horizons<'s> {
+    steps: &'s [Step<'s>],
+    /// Nothing of one that is damaged.
+    known: BTreeMap<usize, Option<SegmentIndex>>,
+}
+
+impl Horizons<'_> {
+    /// This segment and those around it that one merged index of a step would tell of.
+    fn together(&self, nth: usize, of_step: u64) -> Range<usize> {
+        let group = |place: usize| {
+            let step = self.steps.get(place)?;
+            let number = step.start().get().checked_div(step.entry.info.size.bytes())?;
+            Some((step.entry.info.name.timeline(), number.checked_div(of_step)?))
+        };
+        let ours = |place: &usize| group(*place) == group(nth);
+        let before = (0..nth).rev().take_while(ours).count();
+        let behind = (nth..self.steps.len()).take_while(ours).count();
+        nth.saturating_sub(before)..nth.saturating_add(behind)
+    }
 }
 
 /// How much was told.
@@ -132,7 +183,7 @@ impl<S: Tellings> Log<'_, S> {
         let mut told_up_to_hole = false;
         for (nth, stretch) in stretches.iter().enumerate() {
             let steps = &stretch.run.steps;
-            let windows = self.windows(steps).await?;
+            let windows = self.windows(steps, names).await?;
             let last = windows.last().and_then(|w| steps.get(w.end.checked_sub(1)?));
             let until = last.map_or(Lsn::ZERO, |step| step.usable_end);
             for window in windows {
@@ -165,62 +216,240 @@ impl<S: Tellings> Log<'_, S> {
     }
 
     /// The segments that must be read.
-    async fn windows(&self, steps: &[Step<'_>]) -> Result<Vec<Range<usize>>, S::Error> {
+    async fn windows(
+        &self,
+        steps: &[Step<'_>],
+        names: &mut impl Names,
+    ) -> Result<Vec<Range<usize>>, S::Error> {
         let mut windows = Windows::default();
-        let known = match self.filter.needs_drops_alone() {
-            true => self.source.drops(&steps.iter().collect::<Vec<_>>()).await?,
-            false => vec![None; steps.len()],
-        };
-        let candidates = steps.iter().zip(known).enumerate();
-        let candidates = candidates.filter(|(_, (step, _))| self.filter.may_end_in(&step.entry.info));
-        let judged =
-            futures_util::stream::iter(candidates).map(|(nth, (step, known))| self.judged(nth, step, known));
-        let mut candidates = std::pin::pin!(judged.buffered(self.at_once()));
-        while let Some(candidate) = candidates.next().await {
-            let (nth, Some(last)) = candidate? else { continue };
-            let from =
-                if windows.continues(nth) { nth } else { self.look_back(steps, nth, windows.end()).await? };
-            windows.add(from, last.min(steps.len().saturating_sub(1)));
+        let mut horizons = Horizons { steps, known: BTreeMap::new() };
+        let may_end = self.may_end(&mut horizons, names).await?;
+        for (nth, _) in may_end.into_iter().enumerate().filter(|(_, may)| *may) {
+            let from = match windows.continues(nth) {
+                true => nth,
+                false => self.look_back(&mut horizons, nth, windows.end()).await?,
+            };
+            windows.add(from, nth);
+            // Nothing before it is looked at again.
+            horizons.known = horizons.known.split_off(&nth);
         }
         Ok(windows.into_ranges())
     }
 
-    /// A segment, and the last one in which a wanted transaction may end because of it. `known` is what is known of its
-    /// index, where that is enough.
-    async fn judged(
+    /// Of each segment whether a wanted transaction may end in it.
+    async fn may_end(
+        &self,
+        horizons: &mut Horizons<'_>,
+        names: &mut impl Names,
+    ) -> Result<Vec<bool>, S::Error> {
+        let (filter, steps) = (self.filter, horizons.steps);
+        let in_time: Vec<_> = steps.iter().map(|step| filter.may_end_in(&step.entry.info)).collect();
+        let all = || if filter.is_narrow() { in_time.clone() } else { vec![true; steps.len()] };
+        let places = in_time.iter().enumerate().filter(|(_, may)| **may).map(|(nth, _)| nth);
+        let (Some(first), Some(last)) = (places.clone().min(), places.max()) else { return Ok(all()) };
+        let criteria = self.criteria(steps, names).await?;
+        if criteria.is_empty() {
+            return Ok(all());
+        }
+        let looks_at_work = criteria.iter().any(|criterion| criterion.looks_at_work(filter));
+        // What ends in the range began no earlier than this.
+        let from = match looks_at_work && filter.since.is_some() {
+            true => self.look_back(horizons, first, 0).await?,
+            false => 0,
+        };
+        let wanted = |nth: usize| match looks_at_work {
+            true => (from..=last).contains(&nth),
+            false => in_time.get(nth) == Some(&true),
+        };
+        let question = Question::of(&criteria);
+        let mut found = vec![vec![Sign::default(); steps.len()]; criteria.len()];
+        // Some at a time, so that memory does not grow with the archive.
+        let mut next = 0usize;
+        while next < steps.len() {
+            let together = next..Horizons { steps, known: BTreeMap::new() }.together(next, LAST_STEP).end;
+            next = together.end;
+            if !together.clone().any(wanted) {
+                continue;
+            }
+            let asked: Vec<_> = steps.get(together.clone()).unwrap_or_default().iter().collect();
+            let known = self.source.known(&asked, &question).await?;
+            let asked = together.zip(asked.into_iter().zip(known)).filter(|(nth, _)| wanted(*nth));
+            let asked = asked.map(|(nth, (step, known))| self.signs(nth, step, known, &criteria));
+            let mut asked = std::pin::pin!(futures_util::stream::iter(asked).buffered(self.at_once()));
+            while let Some(signs) = asked.next().await {
+                let (nth, signs) = signs?;
+                for (found, sign) in found.iter_mut().zip(signs) {
+                    if let Some(found) = found.get_mut(nth) {
+                        *found = sign;
+                    }
+                }
+            }
+        }
+        let mut may_end = in_time.clone();
+        for signs in found {
+            let places = self.ends(horizons, last, &signs).await?;
+            for (may, also) in may_end.iter_mut().zip(places) {
+                *may &= also;
+            }
+        }
+        Ok(may_end)
+    }
+
+    /// What is asked for that indexes tell; nothing where they do not spare more than it takes to ask them.
+    async fn criteria(&self, steps: &[Step<'_>], names: &mut impl Names) -> Result<Vec<Criterion>, S::Error> {
+        let filter = self.filter;
+        let (Some(first), Some(last)) = (steps.first(), steps.last()) else { return Ok(Vec::new()) };
+        let needs_meaning = filter.relation.is_some() || filter.database.is_some();
+        if !needs_meaning && !filter.needs_index() && !filter.truncated {
+            return Ok(Vec::new());
+        }
+        let all: Vec<_> = steps.iter().collect();
+        // What is meant is found by following names.
+        let has_merged = self.source.has_merged(&all).await?;
+        let meant = match needs_meaning && has_merged {
+            true => names.meant(filter, first.start(), last.usable_end).await,
+            false => None,
+        };
+        match has_merged || filter.needs_index() {
+            true => Ok(filter.criteria(meant.as_ref())),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// What a segment shows of each thing that is asked for, by what is known of it, else by its index.
+    async fn signs(
         &self,
         nth: usize,
         step: &Step<'_>,
-        known: Option<SegmentIndex>,
-    ) -> Result<(usize, Option<usize>), S::Error> {
-        if !self.filter.needs_index() {
-            return Ok((nth, Some(nth)));
-        }
+        known: Option<Known>,
+        criteria: &[Criterion],
+    ) -> Result<(usize, Vec<Sign>), S::Error> {
+        let asks_for_xid = criteria.iter().any(|criterion| matches!(criterion, Criterion::Xid(_)));
         let index = match known {
-            Some(known) => Ok(known),
-            None => self.source.segment_index(step.entry).await,
+            // A range of numbers is not yet the number.
+            Some(known) if !asks_for_xid || !known.may_end => Ok(known.index),
+            _ => self.source.segment_index(step.entry).await,
         };
         match index {
-            Ok(index) if self.filter.may_end_soon(&index) => Ok((nth, Some(nth.saturating_add(1)))),
-            Ok(index) => Ok((nth, self.filter.may_end_by(&index).then_some(nth))),
-            Err(e) if self.source.is_damage(&e) => Ok((nth, Some(nth))),
+            Ok(index) => Ok((nth, criteria.iter().map(|c| c.sign(self.filter, &index)).collect())),
+            Err(e) if self.source.is_damage(&e) => {
+                Ok((nth, criteria.iter().map(|c| c.any(self.filter)).collect()))
+            }
             Err(e) => Err(e),
         }
     }
 
+    /// Of each segment up to `last` whether a transaction may end in it that left these signs.
+    async fn ends(
+        &self,
+        horizons: &mut Horizons<'_>,
+        last: usize,
+        signs: &[Sign],
+    ) -> Result<Vec<bool>, S::Error> {
+        let mut ends: Vec<_> = signs.iter().map(|sign| sign.end).collect();
+        let mut mark = |from: usize, to: usize| {
+            ends.iter_mut().take(to.saturating_add(1)).skip(from).for_each(|end| *end = true)
+        };
+        // Where others wrote who may end later, it need not be known when those before them have ended.
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for (nth, sign) in signs.iter().enumerate() {
+            if !sign.work {
+                continue;
+            }
+            let to = if sign.unclaimed { nth.saturating_add(CLAIMED_WITHIN) } else { nth };
+            match runs.last_mut() {
+                Some((_, end)) if nth <= end.saturating_add(1) => *end = to.max(*end),
+                _ => runs.push((nth, to)),
+            }
+        }
+        let nexts = runs.iter().skip(1).map(|(next, _)| *next).chain([last.saturating_add(1)]);
+        for ((from, to), next) in runs.iter().zip(nexts) {
+            mark(*from, self.look_ahead(horizons, *to, next).await?);
+        }
+        Ok(ends)
+    }
+
+    /// The segment in which the last of those ends, at the latest, that wrote up to the end of segment `nth`; no later than
+    /// `no_later`.
+    async fn look_ahead(
+        &self,
+        horizons: &mut Horizons<'_>,
+        nth: usize,
+        no_later: usize,
+    ) -> Result<usize, S::Error> {
+        let mut search = LookAhead::default();
+        for later in nth.saturating_add(1)..no_later.min(horizons.steps.len()) {
+            if self.horizon(horizons, later).await?.is_some_and(|index| search.reaches(index)) {
+                return Ok(later);
+            }
+        }
+        Ok(no_later)
+    }
+
     /// The segment in which everything begins that may end in segment `nth`, no further back than `no_further`.
-    async fn look_back(&self, steps: &[Step<'_>], nth: usize, no_further: usize) -> Result<usize, S::Error> {
+    async fn look_back(
+        &self,
+        horizons: &mut Horizons<'_>,
+        nth: usize,
+        no_further: usize,
+    ) -> Result<usize, S::Error> {
         let mut search = LookBack::default();
-        for (earlier, step) in steps.iter().enumerate().take(nth).skip(no_further).rev() {
-            match self.source.segment_index(step.entry).await {
-                Ok(index) if search.reaches(&index) => return Ok(earlier),
-                Ok(_) => {}
+        for earlier in (no_further..nth).rev() {
+            match self.horizon(horizons, earlier).await? {
+                Some(index) if search.reaches(index) => {
+                    return self.claimed(horizons, earlier, no_further).await;
+                }
+                Some(_) => {}
                 // Whatever lies before it is of no use without it.
-                Err(e) if self.source.is_damage(&e) => return Ok(earlier),
-                Err(e) => return Err(e),
+                None => return Ok(earlier),
             }
         }
         Ok(no_further)
+    }
+
+    /// The first of this segment and those just before it in which a file was made by a transaction without a number yet,
+    /// or else this one.
+    async fn claimed(
+        &self,
+        horizons: &mut Horizons<'_>,
+        nth: usize,
+        no_further: usize,
+    ) -> Result<usize, S::Error> {
+        for earlier in nth.saturating_sub(CLAIMED_WITHIN).max(no_further)..nth {
+            if self.horizon(horizons, earlier).await?.is_some_and(signs::makes_unclaimed) {
+                return Ok(earlier);
+            }
+        }
+        Ok(nth)
+    }
+
+    /// What a segment says of which transactions ran; none where it is damaged. Its neighbours are asked with it where one
+    /// merged index tells of all.
+    async fn horizon<'h>(
+        &self,
+        horizons: &'h mut Horizons<'_>,
+        nth: usize,
+    ) -> Result<Option<&'h SegmentIndex>, S::Error> {
+        if !horizons.known.contains_key(&nth) {
+            let together = horizons.together(nth, FIRST_STEP);
+            let steps: Vec<_> = horizons.steps.get(together.clone()).unwrap_or_default().iter().collect();
+            for (place, index) in together.zip(self.source.horizons(&steps).await?) {
+                if let Some(index) = index {
+                    horizons.known.insert(place, Some(index));
+                }
+            }
+        }
+        if !horizons.known.contains_key(&nth)
+            && let Some(step) = horizons.steps.get(nth)
+        {
+            let index = match self.source.segment_index(step.entry).await {
+                Ok(index) => Some(index),
+                Err(e) if self.source.is_damage(&e) => None,
+                Err(e) => return Err(e),
+            };
+            horizons.known.insert(nth, index);
+        }
+        Ok(horizons.known.get(&nth).and_then(Option::as_ref))
     }
 
     fn at_once(&self) -> usize {
@@ -347,3 +576,6 @@ fn said(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,9 @@ use serde::{Serialize, Serializer};
 use waltide_format::engines::postgres::catalogue::{NamedRelation as Known, TableEvent, TableName};
 use waltide_format::{Lsn, Oid, RelFileLocator};
 
+use super::filter::LogFilter;
+use super::signs::Meant;
+
 /// What a file belonged to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RelationName {
@@ -59,6 +62,10 @@ pub trait Names {
 
     /// What became of tables with the transaction whose commit record starts there.
     fn events(&self, commit: Lsn) -> &[TableEvent];
+
+    /// What the relation and the database that a filter asks for may have been between two places; none where that cannot
+    /// be told.
+    fn meant(&mut self, filter: &LogFilter, from: Lsn, until: Lsn) -> impl Future<Output = Option<Meant>>;
 }
 
 /// Knows none: everything is shown by number.
@@ -78,5 +85,9 @@ impl Names for Numbers {
 
     fn events(&self, _: Lsn) -> &[TableEvent] {
         &[]
+    }
+
+    async fn meant(&mut self, filter: &LogFilter, _: Lsn, _: Lsn) -> Option<Meant> {
+        Some(filter.meant_by_number())
     }
 }

@@ -33,6 +33,26 @@ impl LookBack {
     }
 }
 
+/// The search forwards from a segment, fed with the indexes of those behind it, in order.
+#[derive(Debug, Default)]
+pub(super) struct LookAhead {
+    /// Of all numbers that were given out when the search began, the next.
+    next: Option<Xid>,
+}
+
+impl LookAhead {
+    /// Whether all that wrote before the search began are known to have ended in this segment or before it. Shutdown
+    /// checkpoints do not say that: what is prepared goes on.
+    pub(super) fn reaches(&mut self, index: &SegmentIndex) -> bool {
+        let mut running: Vec<_> = index.running_xacts.iter().collect();
+        running.sort_by_key(|r| r.start);
+        running.into_iter().any(|r| {
+            let next = *self.next.get_or_insert(r.next_xid);
+            !r.oldest_running_xid.precedes(next)
+        })
+    }
+}
+
 /// Windows of segments to read, in order and apart from one another.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Windows(Vec<Range<usize>>);
@@ -90,6 +110,16 @@ mod tests {
         assert!(!search.reaches(&index(&[(8, 91, 90)])), "90 runs there too");
         assert!(search.reaches(&index(&[(5, 90, 70)])), "90 is the next");
         assert!(LookBack::default().reaches(&index(&[(5, 90, 90)])), "nothing runs");
+    }
+
+    #[test]
+    fn it_goes_on_until_what_was_open_has_ended() {
+        let mut search = LookAhead::default();
+        assert!(!search.reaches(&index(&[])), "nothing is said");
+        assert!(!search.reaches(&index(&[(10, 100, 80)])), "some below 100 may have written");
+        assert!(!search.reaches(&index(&[(20, 120, 99)])), "99 still runs");
+        assert!(search.reaches(&index(&[(40, 130, 99), (50, 131, 100)])), "all below 100 have ended");
+        assert!(LookAhead::default().reaches(&index(&[(5, 90, 90)])), "nothing runs");
     }
 
     #[test]

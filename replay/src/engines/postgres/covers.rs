@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use tokio::sync::OnceCell;
 use waltide_format::archive::{
-    MergedDirectory, MergedName, MergedSection, MergedSegment, Step, SystemLayout,
+    MERGE_STEPS, MergedDirectory, MergedName, MergedSection, MergedSegment, Step, SystemLayout,
 };
 use waltide_format::{Corrupt, SegmentName};
 use waltide_storage::Archive;
@@ -27,7 +29,15 @@ pub(super) struct Covers<'a> {
     pub(super) layout: &'a SystemLayout,
     /// The segments to be told of, in order.
     pub(super) steps: &'a [&'a Step<'a>],
+    /// Whether only those serve that leave nothing out.
+    pub(super) whole: bool,
+    /// What there is.
+    pub(super) listing: &'a Listing,
 }
+
+/// The merged indexes that an archive has, listed once.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Listing(Arc<OnceCell<Vec<(MergedName, String)>>>);
 
 /// What a merged index tells of some steps.
 #[derive(Debug)]
@@ -36,6 +46,8 @@ pub(super) struct Cover<T> {
     pub(super) steps: Range<usize>,
     /// What it says of their segments.
     pub(super) segments: Vec<MergedSegment>,
+    /// The place of the first of them among all that it covers.
+    pub(super) offset: usize,
     /// Whether its first segment is among them.
     pub(super) from_first: bool,
     /// Whether its last one is.
@@ -51,18 +63,15 @@ impl Covers<'_> {
     pub(super) async fn find<T: Send + 'static>(
         &self,
         sections: &[MergedSection],
-        read: impl Fn(&MergedDirectory, &[Vec<u8>]) -> Result<Option<T>, Corrupt> + Copy + Send + 'static,
+        read: impl Fn(&MergedDirectory, &[Vec<u8>]) -> Result<Option<T>, Corrupt> + Clone + Send + 'static,
         fits: impl Fn(&T, &[MergedSegment]) -> bool,
     ) -> Result<Vec<Cover<T>>, SearchError> {
-        let number = |(n, step): (usize, &&Step<'_>)| (step.entry.info.name, n);
-        let mut open: BTreeMap<SegmentName, usize> = self.steps.iter().enumerate().map(number).collect();
+        let mut open = self.numbers();
         let mut found = Vec::new();
         if open.len() < 2 {
             return Ok(found);
         }
-        let listed = self.archive.list(&self.layout.merged()).await?.into_iter();
-        let named = listed.filter_map(|o| Some((self.layout.parse_merged(&o.path)?, o.path)));
-        let mut listed: Vec<_> = named.filter(|(name, _)| worth_it(name, &open)).collect();
+        let mut listed = self.listed(&open).await?;
         // Those that cover most come first, and of one range the newest.
         listed.sort_by_key(|(name, _)| std::cmp::Reverse((name.step, name.builder, name.generation)));
         while !listed.is_empty() {
@@ -78,7 +87,7 @@ impl Covers<'_> {
                 break;
             }
             listed = others;
-            let objects = chosen.iter().map(|(name, path)| self.read(name, path, sections, read));
+            let objects = chosen.iter().map(|(name, path)| self.read(name, path, sections, read.clone()));
             let mut objects = stream::iter(objects.collect::<Vec<_>>()).buffered(AT_ONCE);
             while let Some(object) = objects.try_next().await? {
                 let cover = object.and_then(|(segments, told)| self.cover(&open, segments, told));
@@ -91,6 +100,44 @@ impl Covers<'_> {
         }
         found.sort_by_key(|cover| cover.steps.start);
         Ok(found)
+    }
+
+    /// How many of the steps there are merged indexes of, by their names alone.
+    pub(super) async fn count(&self) -> Result<usize, SearchError> {
+        let mut open = self.numbers();
+        let all = open.len();
+        for (name, _) in self.listed(&open).await? {
+            open.retain(|segment, _| !(name.first..=name.last).contains(segment));
+        }
+        Ok(all.saturating_sub(open.len()))
+    }
+
+    /// The steps' numbers by their segments.
+    fn numbers(&self) -> BTreeMap<SegmentName, usize> {
+        self.steps.iter().enumerate().map(|(n, step)| (step.entry.info.name, n)).collect()
+    }
+
+    /// The objects that may serve.
+    async fn listed(
+        &self,
+        open: &BTreeMap<SegmentName, usize>,
+    ) -> Result<Vec<(MergedName, String)>, SearchError> {
+        let list = || async {
+            let listed = self.archive.list(&self.layout.merged()).await?.into_iter();
+            Ok::<_, SearchError>(
+                listed.filter_map(|o| Some((self.layout.parse_merged(&o.path)?, o.path))).collect(),
+            )
+        };
+        let listed = self.listing.0.get_or_try_init(list).await?;
+        let (Some((first, _)), Some((last, _))) = (open.first_key_value(), open.last_key_value()) else {
+            return Ok(Vec::new());
+        };
+        let [first_step, ..] = MERGE_STEPS;
+        let serves = |(name, _): &&(MergedName, String)| {
+            let near = name.first <= *last && *first <= name.last;
+            near && (!self.whole || name.step == first_step) && worth_it(name, open)
+        };
+        Ok(listed.iter().filter(serves).cloned().collect())
     }
 
     /// Reads one; none where it is gone, damaged, or does not tell what is wanted.
@@ -158,6 +205,7 @@ impl Covers<'_> {
         fits.then(|| Cover {
             steps: begin..end.saturating_add(1),
             segments: covered.to_vec(),
+            offset: first,
             from_first: first == 0,
             to_last: last.saturating_add(1) == segments.len(),
             told,

@@ -1,22 +1,24 @@
 //! The planner's eyes: segments' indexes out of their objects' tails, and the WAL itself where those end.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use waltide_format::archive::{
-    FileEvent, MergedDirectory, MergedSection, NamesLog, SegmentDirectory, SegmentEntry, SegmentIndex, Step,
-    StoredSegment, SystemLayout, XactEnd,
+    CommitKind, FileEvent, MergedDirectory, MergedSection, NamesLog, RelationSegments, SegmentDirectory,
+    SegmentEntry, SegmentIndex, Step, StoredSegment, SystemLayout, XactEnd,
 };
 use waltide_format::engines::postgres::catalogue::CatalogueFiles;
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, Expected, Next, PreviousTail, Record, RecordStream, SegmentSpan, XlogRecord,
 };
-use waltide_format::{Corrupt, Lsn, Xid};
+use waltide_format::{Corrupt, Lsn, SegmentSize, Xid};
 use waltide_storage::{Archive, StorageError};
 
-use super::covers::{Cover, Covers};
+use super::covers::{Cover, Covers, Listing};
 use super::fetch::SEGMENT_OBJECT_BYTES_MAX;
 use super::merged::may_end;
+use crate::log::{Question, WantedRelations};
 use crate::resolve::{Events, Source};
 
 /// Most indexes lie in this much of their object's end.
@@ -61,17 +63,29 @@ impl SearchError {
     }
 }
 
+/// What a merged index tells the log, of all its segments.
+#[derive(Debug)]
+pub(super) struct MergedSigns {
+    /// Ends of transactions: all, or those with which relations go.
+    pub(super) ends: Vec<XactEnd>,
+    /// What happened to files.
+    pub(super) events: Vec<FileEvent>,
+    /// Which segments touch the relations that are asked for.
+    pub(super) touched: Vec<RelationSegments>,
+}
+
 /// Reads indexes out of an archive.
 #[derive(Debug, Clone)]
 pub struct ArchivedIndexes {
     archive: Archive,
     merged: Option<SystemLayout>,
+    listing: Listing,
 }
 
 impl ArchivedIndexes {
     /// Those of the segments in `archive`.
-    pub const fn new(archive: Archive) -> Self {
-        Self { archive, merged: None }
+    pub fn new(archive: Archive) -> Self {
+        Self { archive, merged: None, listing: Listing::default() }
     }
 
     /// The same, which asks the system's merged indexes first where those spare reading segments.
@@ -95,7 +109,7 @@ impl ArchivedIndexes {
         section: MergedSection,
     ) -> Result<Vec<Cover<SegmentIndex>>, SearchError> {
         let Some(layout) = &self.merged else { return Ok(Vec::new()) };
-        let covers = Covers { archive: &self.archive, layout, steps };
+        let covers = self.covers(layout, steps, false);
         let read = move |directory: &MergedDirectory, stored: &[Vec<u8>]| {
             let stored = stored.first().map(Vec::as_slice).unwrap_or_default();
             directory.read_lists(&[(section, stored)]).map(Some)
@@ -103,20 +117,63 @@ impl ArchivedIndexes {
         covers.find(&[section], read, |_, _| true).await
     }
 
-    /// The ends of transactions with which relations go, and what happened to files, of those steps that merged indexes
-    /// tell of.
-    pub(super) async fn merged_drops(
+    /// What was running, and what happened to files, of those steps that merged indexes of the first step tell of.
+    pub(super) async fn merged_horizons(
         &self,
         steps: &[&Step<'_>],
-    ) -> Result<Vec<Cover<(Vec<XactEnd>, Vec<FileEvent>)>>, SearchError> {
+    ) -> Result<Vec<Cover<SegmentIndex>>, SearchError> {
         let Some(layout) = &self.merged else { return Ok(Vec::new()) };
-        let covers = Covers { archive: &self.archive, layout, steps };
-        let read = |directory: &MergedDirectory, stored: &[Vec<u8>]| {
-            let [drops, events] = stored else { return Ok(None) };
-            let lists = directory.read_lists(&[(MergedSection::FileEvents, events)])?;
-            Ok(Some((directory.read_drops(drops)?, lists.file_events)))
+        let sections = [MergedSection::RunningXacts, MergedSection::Checkpoints, MergedSection::FileEvents];
+        let read = move |directory: &MergedDirectory, stored: &[Vec<u8>]| {
+            let parts: Vec<_> = sections.into_iter().zip(stored.iter().map(Vec::as_slice)).collect();
+            directory.read_lists(&parts).map(Some)
         };
-        covers.find(&[MergedSection::Drops, MergedSection::FileEvents], read, |_, _| true).await
+        self.covers(layout, steps, true).find(&sections, read, |_, _| true).await
+    }
+
+    fn covers<'a>(&'a self, layout: &'a SystemLayout, steps: &'a [&'a Step<'a>], whole: bool) -> Covers<'a> {
+        Covers { archive: &self.archive, layout, steps, whole, listing: &self.listing }
+    }
+
+    /// How many of these steps merged indexes tell of, by their names.
+    pub(super) async fn merged_count(&self, steps: &[&Step<'_>]) -> Result<usize, SearchError> {
+        let Some(layout) = &self.merged else { return Ok(0) };
+        self.covers(layout, steps, false).count().await
+    }
+
+    /// What the log asks for of those steps that merged indexes tell of.
+    pub(super) async fn merged_signs(
+        &self,
+        steps: &[&Step<'_>],
+        question: &Question,
+    ) -> Result<Vec<Cover<MergedSigns>>, SearchError> {
+        let Some(layout) = &self.merged else { return Ok(Vec::new()) };
+        let covers = self.covers(layout, steps, question.databases);
+        let ends = if question.databases { MergedSection::Xacts } else { MergedSection::Drops };
+        let mut sections = vec![ends, MergedSection::FileEvents];
+        sections.extend(question.relations.as_ref().map(|_| MergedSection::Relations));
+        let wanted = question.relations.clone();
+        let read = move |directory: &MergedDirectory, stored: &[Vec<u8>]| {
+            let [drops, events, relations @ ..] = stored else { return Ok(None) };
+            let lists = match ends {
+                MergedSection::Xacts => vec![(ends, &drops[..]), (MergedSection::FileEvents, &events[..])],
+                _ => vec![(MergedSection::FileEvents, &events[..])],
+            };
+            let mut lists = directory.read_lists(&lists)?;
+            if ends == MergedSection::Drops {
+                lists.xacts = directory.read_drops(drops)?;
+            }
+            if let (MergedSection::Xacts, Some(wanted)) = (ends, &wanted) {
+                lists.xacts = telling_ends(lists.xacts, wanted, directory.first.size);
+            }
+            let mut touched = Vec::new();
+            if let (Some(wanted), Some(stored)) = (&wanted, relations.first()) {
+                touched = directory.read_relations(stored)?;
+                touched.retain(|relation| wanted.has(relation.relation));
+            }
+            Ok(Some(MergedSigns { ends: lists.xacts, events: lists.file_events, touched }))
+        };
+        covers.find(&sections, read, |_, _| true).await
     }
 
     /// A whole segment's bytes.
@@ -242,6 +299,30 @@ impl Source for ArchivedIndexes {
         let look = move |record: &Record<'_>| (record.start >= from).then_some((record.start, record.end));
         self.records(segments, look).await
     }
+}
+
+/// Of the ends of transactions those with which relations go, and of each segment as many others as tell whether one in
+/// the databases asked for ended in it or was prepared.
+fn telling_ends(ends: Vec<XactEnd>, wanted: &WantedRelations, size: SegmentSize) -> Vec<XactEnd> {
+    let mut kept: Vec<XactEnd> = Vec::new();
+    // The last of a segment may run over its edge, so that the first tells of it and the last of the next.
+    let mut first_of: HashSet<(Lsn, bool)> = HashSet::new();
+    let mut last_of: HashMap<(Lsn, bool), XactEnd> = HashMap::new();
+    for end in ends {
+        if !end.dropped.is_empty() {
+            kept.push(end);
+        } else if end.db_oid.is_some_and(|oid| wanted.has_database(oid)) {
+            let place = (size.floor(end.start), end.kind == CommitKind::Prepare);
+            if first_of.insert(place) {
+                kept.push(end);
+            } else {
+                last_of.insert(place, end);
+            }
+        }
+    }
+    kept.extend(last_of.into_values());
+    kept.sort_by_key(|end| end.start);
+    kept
 }
 
 /// What a target can mean by a record.

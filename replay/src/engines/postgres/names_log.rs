@@ -15,7 +15,7 @@ use waltide_format::engines::postgres::wal::PreviousTail;
 use waltide_format::{Lsn, Xid};
 use waltide_storage::Archive;
 
-use super::covers::{Cover, Covers};
+use super::covers::{Cover, Covers, Listing};
 use super::indexes::{ArchivedIndexes, SearchError};
 
 /// How many indexes are read at once.
@@ -256,7 +256,8 @@ impl Log<'_> {
     async fn merged(&self) -> Result<Vec<Part>, SearchError> {
         let mut sections = vec![MergedSection::Names];
         sections.extend(self.files.moved().next().map(|_| MergedSection::Relations));
-        let covers = Covers { archive: self.archive, layout: self.layout, steps: self.steps };
+        let (archive, layout, listing) = (self.archive, self.layout, &Listing::default());
+        let covers = Covers { archive, layout, steps: self.steps, whole: false, listing };
         let read = |directory: &MergedDirectory, stored: &[Vec<u8>]| {
             let [names, relations @ ..] = stored else { return Ok(None) };
             let relations = relations.first().map(|stored| directory.read_relations(stored)).transpose()?;
@@ -283,7 +284,7 @@ impl Log<'_> {
 
 impl Part {
     fn merged(cover: Cover<(NamesLog, Vec<RelationSegments>)>) -> Self {
-        let Cover { steps, segments, from_first, to_last, told: (mut log, _) } = cover;
+        let Cover { steps, segments, from_first, to_last, told: (mut log, _), .. } = cover;
         // Its edges are not those of what is wanted of it.
         log.head = log.head.filter(|_| from_first);
         log.tail = log.tail.filter(|_| to_last);

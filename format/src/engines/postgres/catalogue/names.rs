@@ -1,6 +1,6 @@
 //! Which table is which file, and what became of each table, at every moment that was followed.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::fate::{Commit, Fate, Fates};
 use super::follow::Version;
@@ -203,6 +203,63 @@ impl Names {
         let held = |lsn| spans.iter().rev().find(|span| span.holds_before(lsn));
         let span = held(at).or_else(|| held(at.saturating_add(1))).or(spans.last())?;
         Some(&span.row.name)
+    }
+
+    /// The files that ever were those of a relation that is wanted by its OID or by a name it may have had, with those of
+    /// its TOAST table: each by database and number. More than were so called at one time, never fewer.
+    pub fn files_where(&self, wanted: impl Fn(Oid, &TableName) -> bool) -> BTreeSet<(Oid, Oid)> {
+        let mut files = BTreeSet::new();
+        let is_wanted = |database: Oid, oid: Oid, spans: &Spans<ClassRow>| {
+            spans.iter().any(|span| self.names_of(database, &span.row).iter().any(|name| wanted(oid, name)))
+        };
+        for ((database, oid), spans) in &self.relations {
+            if !is_wanted(*database, *oid, spans) {
+                continue;
+            }
+            self.add_files(*database, *oid, spans, &mut files);
+            let toasts: BTreeSet<Oid> =
+                spans.iter().map(|s| s.row.toast).filter(|toast| *toast != 0).collect();
+            for toast in toasts {
+                if let Some(spans) = self.relations.get(&(*database, toast)) {
+                    self.add_files(*database, toast, spans, &mut files);
+                }
+            }
+        }
+        files
+    }
+
+    fn add_files(&self, database: Oid, oid: Oid, spans: &Spans<ClassRow>, files: &mut BTreeSet<(Oid, Oid)>) {
+        files.extend(spans.iter().map(|s| s.row.file).filter(|file| *file != 0).map(|file| (database, file)));
+        // A mapped catalogue, which all databases may share.
+        let mapped =
+            self.mapped.iter().filter(|((place, _), of)| **of == oid && [0, database].contains(place));
+        files.extend(mapped.map(|(file, _)| *file));
+    }
+
+    /// Every name that a relation may have had while its row was this one.
+    fn names_of(&self, database: Oid, row: &ClassRow) -> Vec<TableName> {
+        fn all<R>(spans: Option<&Spans<R>>, number: Oid, name: impl Fn(&R) -> &String) -> BTreeSet<String> {
+            let known = spans.into_iter().flatten().map(|span| name(&span.row).clone());
+            let mut names: BTreeSet<String> = known.collect();
+            if names.is_empty() {
+                names.insert(number.to_string());
+            }
+            names
+        }
+        let databases = all(self.databases.get(&database), database, |row| &row.name);
+        let schemas = all(self.namespaces.get(&(database, row.namespace)), row.namespace, |row| &row.name);
+        let name = |(database, schema): (&String, &String)| TableName {
+            database: database.clone(),
+            schema: schema.clone(),
+            table: row.name.clone(),
+        };
+        databases.iter().flat_map(|d| schemas.iter().map(move |s| name((d, s)))).collect()
+    }
+
+    /// The databases that ever were called so.
+    pub fn databases_named(&self, name: &str) -> BTreeSet<Oid> {
+        let is_so = |spans: &Spans<DatabaseRow>| spans.iter().any(|span| span.row.name == name);
+        self.databases.iter().filter(|(_, spans)| is_so(spans)).map(|(oid, _)| *oid).collect()
     }
 
     /// The numbers of all files that mapped catalogues of a database ever lay in.
