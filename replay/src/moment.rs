@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use waltide_format::engines::postgres::catalogue::{TableEvent, TableEventKind, TableName, TablePattern};
+use waltide_format::engines::postgres::catalogue::{
+    PartitionsTruncated, TableEvent, TableEventKind, TableName, TablePattern,
+};
 use waltide_format::{Lsn, TimestampTz, Xid};
 
 /// As many names as a message lists.
@@ -214,10 +216,24 @@ pub(crate) fn find(request: &MomentRequest, events: &[TableEvent]) -> Meaning {
     }))
 }
 
-/// What comes near a request that means nothing: what happened to tables of such a name instead, what is there under
-/// it, and names like it.
-pub(crate) fn near(request: &MomentRequest, events: &[TableEvent], there: &[TableName]) -> Vec<String> {
-    let mut lines = Vec::new();
+/// What comes near a request that means nothing: what happened to some partitions of such a table, or to tables of such a
+/// name instead, what is there under it, and names like it.
+pub(crate) fn near(
+    request: &MomentRequest,
+    events: &[TableEvent],
+    partly: &[PartitionsTruncated],
+    there: &[TableName],
+) -> Vec<String> {
+    let some = |t: &PartitionsTruncated| {
+        let PartitionsTruncated { event, partitions, truncated } = t;
+        let names = listed(truncated.iter().map(ToString::to_string).collect::<Vec<_>>().iter());
+        let (count, xid, time) = (truncated.len(), event.commit.xid, event.commit.time);
+        format!(
+            "of the {partitions} partitions of {} transaction {xid} of {time} truncated {count}: {names}; name one of them",
+            event.table
+        )
+    };
+    let mut lines: Vec<_> = partly.iter().rev().map(some).collect();
     for event in events.iter().filter(|e| request.table.matches(&e.table)) {
         let what = match &event.kind {
             TableEventKind::Renamed { to } => format!("renamed to {to}"),
@@ -350,7 +366,7 @@ mod tests {
             event(TableEventKind::Renamed { to: to.clone() }, "shop.public.orders", 1),
             dropped("shop.public.orders_old", 2),
         ];
-        let lines = near(&request("orders"), &events, &[]);
+        let lines = near(&request("orders"), &events, &[], &[]);
         assert!(
             lines[0]
                 .starts_with("shop.public.orders was renamed to shop.public.orders_old by transaction 1 of"),
@@ -358,14 +374,14 @@ mod tests {
         );
         assert_eq!(lines[1], "dropped under a name like it: shop.public.orders_old");
         assert_eq!(
-            near(&request("ordres_old"), &events, &[]),
+            near(&request("ordres_old"), &events, &[], &[]),
             ["dropped under a name like it: shop.public.orders_old"]
         );
         assert_eq!(
-            near(&request("orders_old"), &[], &[to]),
+            near(&request("orders_old"), &[], &[], &[to]),
             ["shop.public.orders_old is there where the archived WAL ends"]
         );
-        assert_eq!(near(&request("unlike"), &events, &[]), Vec::<String>::new());
+        assert_eq!(near(&request("unlike"), &events, &[], &[]), Vec::<String>::new());
     }
 
     proptest! {

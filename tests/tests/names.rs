@@ -445,6 +445,109 @@ fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
 }
 
 #[test]
+fn a_partitioned_table_is_truncated_where_all_its_partitions_are() {
+    // A step of 16 segments begins here, so that merged indexes come to tell of all of it.
+    let mut site = Site::beginning("names-partitions", "000000010000000000000020");
+    let part = |name: &str, of: &str, values: &str| {
+        format!("create table {name} partition of {of} for values {values};")
+    };
+    site.sql("postgres", "create table sales (n int, region text) partition by list (region)");
+    site.sql("postgres", &part("north", "sales", "in ('n')"));
+    site.sql("postgres", "create table other_sales (n int, region text) partition by range (n)");
+    site.sql("postgres", &part("low", "other_sales", "from (0) to (100)"));
+    site.sql(
+        "postgres",
+        "create table plain (n int); create table child () inherits (plain); create index on sales (n)",
+    );
+    site.backup();
+
+    // What was made, attached and moved behind the backup counts, and so does a catalogue that was moved.
+    let sub = "create table south partition of sales for values in ('s', 't') partition by range (n);";
+    site.sql("postgres", &format!("{sub} {}", part("south_1", "south", "from (0) to (10)")));
+    site.sql("postgres", "create table south_2 (n int, region text)");
+    site.sql("postgres", "alter table south attach partition south_2 for values from (10) to (20)");
+    let fill =
+        "insert into sales select i, 's' from generate_series(0, 19) i; insert into sales values (1, 'n')";
+    site.sql("postgres", fill);
+    site.sql("postgres", "insert into low values (1)");
+    let (both, before_both) = site.does("postgres", "truncate sales, other_sales");
+    site.sql("postgres", fill);
+    let (south, _) = site.does("postgres", "truncate south");
+    let (north, _) = site.does("postgres", "truncate north");
+    let late = site.journal.step(&site.cluster, "before it is truncated once more").committed_at;
+    site.sql("postgres", "vacuum full pg_inherits");
+    site.sql("postgres", "alter table sales detach partition north");
+    site.sql("postgres", fill.split(';').next().unwrap());
+    // All that it has left.
+    let (rest, before_rest) =
+        site.does("postgres", "truncate south_2; savepoint a; truncate only south_1; release a");
+    site.sql("postgres", "begin; truncate sales; rollback; truncate low, child");
+    site.sql("postgres", "create table empty (n int) partition by range (n); truncate empty");
+    site.sql("postgres", "create table single (n int) partition by range (n)");
+    site.sql("postgres", &part("single_1", "single", "from (0) to (10)"));
+    site.sql("postgres", &part("single_2", "single", "from (10) to (20)"));
+    let (some, _) = site.does("postgres", "truncate single_1");
+    let (dropped, _) = site.does("postgres", "drop table sales");
+    site.cluster.archive_all();
+
+    let cut = |name: &'static str| ["--before-truncate", name];
+    let last = site.assert_moment(&cut("sales"), "postgres.public.sales", rest);
+    let moment = &last["goal"]["target"]["value"];
+    let others = |value: &Value| {
+        value["others"].as_array().unwrap().iter().map(|o| o["xid"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(others(moment), [serde_json::json!(both.to_string())]);
+    let also = ["postgres.public.south_1", "postgres.public.south_2"];
+    assert_eq!(moment["also"], serde_json::json!(also));
+    let first = site.assert_moment(
+        &["--before-truncate", "public.sales", "--until", &late],
+        "postgres.public.sales",
+        both,
+    );
+    let also = ["low", "north", "south_1", "south_2"].map(|t| format!("postgres.public.{t}"));
+    assert_eq!(first["goal"]["target"]["value"]["also"], serde_json::json!(also));
+    let middle =
+        site.assert_moment(&["--before-truncate", "south", "--until", &late], "postgres.public.south", south);
+    assert_eq!(others(&middle["goal"]["target"]["value"]).len(), 2);
+    site.assert_moment(&cut("north"), "postgres.public.north", north);
+    site.assert_moment(&["--before-drop", "sales"], "postgres.public.sales", dropped);
+    let refused = |name: &str| {
+        let asked = ["restore", "--data-dir", "/nonexistent/dir", "--before-truncate", name];
+        site.waltide.fails(1, asked).stderr
+    };
+    // Its child was truncated by itself, and that partition had a sister.
+    assert!(refused("plain").contains("does not say that a table plain was truncated"));
+    let told = refused("single");
+    let hint = "of the 2 partitions of postgres.public.single transaction ";
+    assert!(told.contains(&format!("{hint}{some} of ")), "{told}");
+    assert!(told.contains(" truncated 1: postgres.public.single_1; name one of them"), "{told}");
+    assert!(refused("empty").contains("postgres.public.empty is there where the archived WAL ends"));
+
+    site.sql("postgres", &Site::pad(36));
+    site.cluster.archive_all();
+    site.assert_merging_changes_nothing(&[
+        &cut("sales"),
+        &["--before-truncate", "public.sales", "--until", &late],
+        &["--before-truncate", "south", "--until", &late],
+        &cut("other_sales"),
+        &cut("north"),
+    ]);
+    let hints =
+        |text: &str| text.lines().filter(|l| l.starts_with("hint: ")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(hints(&refused("single")), hints(&told));
+
+    for (name, arguments, before, rows) in [
+        ("both", &["--before-truncate", "sales", "--until", &late][..], before_both, "21"),
+        ("rest", &["--before-truncate", "sales"][..], before_rest, "20"),
+    ] {
+        let mut cluster = site.restored(name, arguments);
+        assert_eq!(cluster.query("select count(*) from sales"), rows);
+        site.journal.assert_exactly_up_to(&cluster, before);
+        cluster.stop(StopMode::Fast);
+    }
+}
+
+#[test]
 fn few_objects_are_read_to_find_a_name_in_much_wal() {
     // From where on steps of 16 segments begin, and soon one of 256.
     let mut site = Site::beginning("names-merged", "0000000100000000000000FB");

@@ -4,12 +4,14 @@
 use std::collections::HashMap;
 
 use waltide_format::archive::{Catalog, Layout};
-use waltide_format::engines::postgres::catalogue::{TableEvent, TableName};
+use waltide_format::engines::postgres::catalogue::{
+    CatalogueFiles, PartitionsTruncated, TableEvent, TableName,
+};
 use waltide_format::{Lsn, TimestampTz, Xid};
 use waltide_storage::Archive;
 
-use super::names::{NamesError, follow};
-use crate::moment::{Happened, Meaning, Moment, MomentRequest, find, near};
+use super::names::{NamesError, follow, follow_in};
+use crate::moment::{Happened, Loss, Meaning, Moment, MomentRequest, find, near};
 use crate::plan::{PlanError, candidates};
 use crate::target::TargetTimeline;
 
@@ -108,6 +110,7 @@ pub async fn find_moment(
     let usable = candidates.iter().filter(|c| Some(&c.line) == line.as_ref() && c.usable(catalog).is_ok());
     let mut searched: Vec<Searched> = Vec::new();
     let mut events: Vec<TableEvent> = Vec::new();
+    let mut partly: Vec<PartitionsTruncated> = Vec::new();
     let mut there: Option<Vec<TableName>> = None;
     let mut prepared: HashMap<Xid, Option<String>> = HashMap::new();
     // Newest first; each up to where the one after it was searched from.
@@ -121,7 +124,20 @@ pub async fn find_moment(
         let to = run.end().unwrap_or(start).min(until);
         let followed = follow(archive, system.clone(), entry, run, to).await?;
         there.get_or_insert_with(|| followed.names.tables().collect());
-        events.splice(..0, followed.names.table_events());
+        let mut found = followed.names.table_events();
+        // What became of a partitioned table is what became of its partitions.
+        let is_ours = |name: &TableName| request.table.matches(name);
+        if request.loss == Loss::Truncate && followed.names.has_partitioned(is_ours) {
+            let files = CatalogueFiles::default().with_inherits();
+            let with_parents = follow_in(archive, system.clone(), entry, run, to, files).await?.names;
+            let truncated = with_parents.partitions_truncated(&found).into_iter();
+            let (whole, some): (Vec<_>, Vec<_>) =
+                truncated.filter(|t| is_ours(&t.event.table)).partition(PartitionsTruncated::is_whole);
+            found.extend(whole.into_iter().map(|t| t.event));
+            found.sort_by(|a, b| (a.before, &a.table).cmp(&(b.before, &b.table)));
+            partly.splice(..0, some);
+        }
+        events.splice(..0, found);
         for (xid, gid) in followed.prepared {
             let known = prepared.entry(xid).or_default();
             *known = known.take().or(gid);
@@ -148,7 +164,7 @@ pub async fn find_moment(
         Meaning::None => Err(MomentError::NotFound {
             what: request.what(),
             searched,
-            near: near(request, &events, &there.unwrap_or_default()),
+            near: near(request, &events, &partly, &there.unwrap_or_default()),
         }),
     }
 }

@@ -76,9 +76,20 @@ pub async fn follow(
     run: &Run<'_>,
     until: Lsn,
 ) -> Result<Followed, NamesError> {
+    follow_in(archive, layout, backup, run, until, CatalogueFiles::default()).await
+}
+
+/// The same of the catalogues that lie in these files.
+pub(super) async fn follow_in(
+    archive: &Archive,
+    layout: SystemLayout,
+    backup: &BackupEntry,
+    run: &Run<'_>,
+    until: Lsn,
+    mut files: CatalogueFiles,
+) -> Result<Followed, NamesError> {
     let base = BackupFiles::open(archive, layout.clone(), &backup.head.id).await?;
     let steps: Vec<_> = run.steps.iter().take_while(|step| step.start() < until).collect();
-    let mut files = CatalogueFiles::default();
     loop {
         let mut follower = Follower::new(backup.head.major, backup.head.start_lsn, files);
         read_base(&base, backup, &mut follower).await?;
@@ -134,8 +145,10 @@ async fn read_base(
         let map = map.map_err(|source| NamesError::Damaged { path, backup: id.clone(), source })?;
         follower.base_map(space, database, map);
     }
-    // pg_class says where pg_namespace lies, so it comes first.
-    for catalogue in [Catalogue::Database, Catalogue::Class, Catalogue::Namespace] {
+    // pg_class says where pg_namespace and pg_inherits lie, so it comes first.
+    let inherits = follower.files().has_inherits().then_some(Catalogue::Inherits);
+    for catalogue in [Catalogue::Database, Catalogue::Class, Catalogue::Namespace].into_iter().chain(inherits)
+    {
         let mut files: Vec<(RelFileLocator, &str)> = Vec::new();
         for (space, database, dir) in &directories {
             if (catalogue == Catalogue::Database) != (*database == 0) {

@@ -255,7 +255,7 @@ impl Log<'_> {
     /// What merged indexes say, that were made of these very segments.
     async fn merged(&self) -> Result<Vec<Part>, SearchError> {
         let mut sections = vec![MergedSection::Names];
-        sections.extend(self.files.moved().next().map(|_| MergedSection::Relations));
+        sections.extend(self.files.leaves_out().then_some(MergedSection::Relations));
         let (archive, layout, listing) = (self.archive, self.layout, &Listing::default());
         let covers = Covers { archive, layout, steps: self.steps, whole: false, listing };
         let read = |directory: &MergedDirectory, stored: &[Vec<u8>]| {
@@ -269,16 +269,15 @@ impl Log<'_> {
         Ok(found.into_iter().map(Part::merged).collect())
     }
 
-    /// Whether segments may touch catalogues in files that a merged index takes for others.
+    /// Whether segments may touch catalogues, or files of theirs, that a merged index takes for other relations.
     fn is_moved(&self, segments: &[MergedSegment], relations: &[RelationSegments]) -> bool {
-        let moved: HashSet<_> = self.files.moved().map(|(file, _)| file).collect();
         // What runs over an edge and was joined nowhere is in no list of relations.
         let unjoined = |pair: &[MergedSegment]| match pair {
             [a, b] => a.info.pending.is_some_and(|p| !p.joined) && !b.info.head_joined,
             _ => false,
         };
-        let touched = relations.iter().any(|r| moved.contains(&r.relation));
-        !moved.is_empty() && (touched || segments.windows(2).any(unjoined))
+        let touched = relations.iter().any(|r| self.files.is_left_out(r.relation));
+        self.files.leaves_out() && (touched || segments.windows(2).any(unjoined))
     }
 }
 

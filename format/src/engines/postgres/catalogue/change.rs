@@ -25,16 +25,44 @@ const UPDATE_SUFFIX_FROM_OLD: u8 = 1 << 6;
 ///
 /// A catalogue's first file carries its OID as number, in every database and in every cluster that initdb made, and no
 /// other file ever gets such a number. Files that a rewrite (VACUUM FULL, CLUSTER) puts a catalogue into must be
-/// added: relation maps name those of pg_class and pg_database, pg_class that of pg_namespace.
+/// added: relation maps name those of pg_class and pg_database, pg_class those of pg_namespace and pg_inherits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CatalogueFiles {
     moved: BTreeMap<RelFileLocator, Catalogue>,
+    with_inherits: bool,
 }
 
 impl CatalogueFiles {
+    /// The same and those of pg_inherits.
+    #[must_use]
+    pub fn with_inherits(self) -> Self {
+        Self { with_inherits: true, ..self }
+    }
+
+    /// Whether pg_inherits is among the catalogues.
+    pub const fn has_inherits(&self) -> bool {
+        self.with_inherits
+    }
+
     /// The catalogue that lies in this file.
     pub fn catalogue(&self, file: RelFileLocator) -> Option<Catalogue> {
-        Catalogue::from_oid(file.rel_number).or_else(|| self.moved.get(&file).copied())
+        let first = Catalogue::from_oid(file.rel_number).or(self.inherits(file));
+        first.or_else(|| self.moved.get(&file).copied())
+    }
+
+    fn inherits(&self, file: RelFileLocator) -> Option<Catalogue> {
+        (self.with_inherits && file.rel_number == Catalogue::Inherits.oid()).then_some(Catalogue::Inherits)
+    }
+
+    /// Whether merged indexes leave out what happened in this file, because they speak of other catalogues and of first
+    /// files alone.
+    pub fn is_left_out(&self, file: RelFileLocator) -> bool {
+        self.inherits(file).is_some() || self.moved.contains_key(&file)
+    }
+
+    /// Whether there may be such a file.
+    pub fn leaves_out(&self) -> bool {
+        self.with_inherits || !self.moved.is_empty()
     }
 
     /// Adds a file that a catalogue was moved to. Whether that was news.

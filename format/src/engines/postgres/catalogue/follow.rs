@@ -337,14 +337,16 @@ impl Follower {
         number
     }
 
-    /// pg_namespace's own row in pg_class says which file it is.
+    /// pg_namespace's own row in pg_class says which file it is, and so does that of pg_inherits.
     fn look_for_moves(&mut self, file: RelFileLocator, version: usize) {
         let Some(Version { row: Row::Class(row), .. }) = self.versions.get(version) else { return };
-        if row.oid != Catalogue::Namespace.oid() || row.file == 0 {
-            return;
+        let inherits = self.files.has_inherits().then_some(Catalogue::Inherits);
+        let catalogues = std::iter::once(Catalogue::Namespace).chain(inherits);
+        let found = catalogues.into_iter().find(|catalogue| catalogue.oid() == row.oid && row.file != 0);
+        if let Some(catalogue) = found {
+            let moved = RelFileLocator { rel_number: row.file, ..file };
+            self.discover(moved, catalogue);
         }
-        let moved = RelFileLocator { rel_number: row.file, ..file };
-        self.discover(moved, Catalogue::Namespace);
     }
 
     fn map(&mut self, tablespace: Oid, database: Oid, map: RelationMap) {

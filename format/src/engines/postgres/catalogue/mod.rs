@@ -4,6 +4,8 @@
 //! and the records that touch them say what became of the rows. Bytes of pages are not kept up, only rows: what is
 //! needed is facts. Facts per major: docs/wal.md, "Catalogues".
 //!
+//! pg_inherits is followed where partitions are asked for, which is seldom: merged indexes do not tell of it.
+//!
 //! A [`Follower`] takes the backup's pages and the log's [`CatalogueChange`]s in; with the [`Fates`] of the transactions
 //! it becomes [`Names`], which answer for every moment.
 
@@ -13,6 +15,7 @@ mod fate;
 mod follow;
 mod map;
 mod names;
+mod partitions;
 mod row;
 mod table_name;
 mod there;
@@ -24,7 +27,8 @@ pub use fate::{Commit, Fates};
 pub use follow::Follower;
 pub use map::RelationMap;
 pub use names::{NamedRelation, Names};
-pub use row::{Catalogue, ClassRow, DatabaseRow, NamespaceRow, Row};
+pub use partitions::PartitionsTruncated;
+pub use row::{Catalogue, ClassRow, DatabaseRow, InheritsRow, NamespaceRow, Row};
 pub use table_name::{TableName, TablePattern, TablePatternError};
 pub use there::{DatabaseThere, FIRST_NORMAL_OID, LARGE_OBJECTS, TableThere};
 pub use tuple::{HeapTuple, Hint, TupleId, page_tuples};

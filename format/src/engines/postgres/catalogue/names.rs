@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::fate::{Commit, Fate, Fates};
 use super::follow::Version;
-use super::row::{ClassRow, DatabaseRow, NamespaceRow, Row};
+use super::row::{ClassRow, DatabaseRow, InheritsRow, NamespaceRow, Row};
 use super::table_name::TableName;
 use super::tuple::Hint;
 use crate::ids::{Lsn, Oid, RelFileLocator, Xid};
@@ -69,6 +69,8 @@ pub struct Names {
     pub(super) relations: BTreeMap<(Oid, Oid), Spans<ClassRow>>,
     pub(super) namespaces: BTreeMap<(Oid, Oid), Spans<NamespaceRow>>,
     pub(super) databases: BTreeMap<Oid, Spans<DatabaseRow>>,
+    /// Database and child: what it belonged to, where that was followed.
+    pub(super) parents: BTreeMap<(Oid, Oid), Spans<InheritsRow>>,
     /// Database and file number: the relations that ever had it.
     pub(super) by_file: HashMap<(Oid, Oid), Vec<Oid>>,
     /// Database and TOAST table: its table.
@@ -95,6 +97,7 @@ impl Names {
             relations: BTreeMap::new(),
             namespaces: BTreeMap::new(),
             databases: BTreeMap::new(),
+            parents: BTreeMap::new(),
             by_file: HashMap::new(),
             toast: HashMap::new(),
             mapped,
@@ -144,6 +147,10 @@ impl Names {
             Row::Database(row) => {
                 self.databases.entry(row.oid).or_default().push(Span { row, from, to, invalid_from });
             }
+            Row::Inherits(row) => {
+                let spans = self.parents.entry((database, row.child)).or_default();
+                spans.push(Span { row, from, to, invalid_from });
+            }
         }
     }
 
@@ -157,6 +164,7 @@ impl Names {
         self.relations.values_mut().for_each(by_begin);
         self.namespaces.values_mut().for_each(by_begin);
         self.databases.values_mut().for_each(by_begin);
+        self.parents.values_mut().for_each(by_begin);
         for oids in self.by_file.values_mut() {
             oids.sort_unstable();
             oids.dedup();
@@ -237,7 +245,7 @@ impl Names {
     }
 
     /// Every name that a relation may have had while its row was this one.
-    fn names_of(&self, database: Oid, row: &ClassRow) -> Vec<TableName> {
+    pub(super) fn names_of(&self, database: Oid, row: &ClassRow) -> Vec<TableName> {
         fn all<R>(spans: Option<&Spans<R>>, number: Oid, name: impl Fn(&R) -> &String) -> BTreeSet<String> {
             let known = spans.into_iter().flatten().map(|span| name(&span.row).clone());
             let mut names: BTreeSet<String> = known.collect();

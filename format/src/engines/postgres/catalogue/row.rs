@@ -19,11 +19,13 @@ pub enum Catalogue {
     Namespace,
     /// pg_database. Mapped, one for the cluster.
     Database,
+    /// pg_inherits: whose partition or child a table is. One in each database.
+    Inherits,
 }
 
 impl Catalogue {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Class, Self::Namespace, Self::Database];
+    /// Those that names are in.
+    pub const NAMES: [Self; 3] = [Self::Class, Self::Namespace, Self::Database];
 
     /// Its OID, which is also its file's number until a rewrite gives it another.
     pub const fn oid(self) -> Oid {
@@ -31,12 +33,13 @@ impl Catalogue {
             Self::Class => 1259,
             Self::Namespace => 2615,
             Self::Database => 1262,
+            Self::Inherits => 2611,
         }
     }
 
-    /// The catalogue of that OID.
+    /// The catalogue with names that has that OID.
     pub fn from_oid(oid: Oid) -> Option<Self> {
-        Self::ALL.into_iter().find(|c| c.oid() == oid)
+        Self::NAMES.into_iter().find(|c| c.oid() == oid)
     }
 }
 
@@ -87,6 +90,15 @@ pub struct DatabaseRow {
     pub invalid: bool,
 }
 
+/// A row of pg_inherits.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct InheritsRow {
+    /// `inhrelid`.
+    pub child: Oid,
+    /// `inhparent`.
+    pub parent: Oid,
+}
+
 /// A row of any of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Row {
@@ -96,6 +108,8 @@ pub enum Row {
     Namespace(NamespaceRow),
     /// Of pg_database.
     Database(DatabaseRow),
+    /// Of pg_inherits.
+    Inherits(InheritsRow),
 }
 
 impl Row {
@@ -106,12 +120,14 @@ impl Row {
             Catalogue::Class => Self::Class(ClassRow::decode(r, major)?),
             Catalogue::Namespace => Self::Namespace(NamespaceRow { oid: oid(r)?, name: name(r, "nspname")? }),
             Catalogue::Database => Self::Database(DatabaseRow::decode(r, major)?),
+            Catalogue::Inherits => Self::Inherits(InheritsRow { child: oid(r)?, parent: oid(r)? }),
         })
     }
 
-    /// `oid`.
+    /// `oid`; of pg_inherits, which has none, the child's.
     pub const fn oid(&self) -> Oid {
         match self {
+            Self::Inherits(row) => row.child,
             Self::Class(row) => row.oid,
             Self::Namespace(row) => row.oid,
             Self::Database(row) => row.oid,
