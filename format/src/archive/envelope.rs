@@ -1,7 +1,7 @@
 //! What every object of the archive starts and ends with, and the small objects that are nothing more.
 
 use std::borrow::Cow;
-use std::io::Read as _;
+use std::io::{Cursor, Read as _};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,6 +16,8 @@ const MAGIC: [u8; 8] = *b"WALTIDE\x1a";
 const END_MAGIC: [u8; 4] = *b"EDIT";
 /// The size of [`Header`].
 pub const HEADER_BYTES: usize = 16;
+/// So much memory is taken for what says that it will be so long once decompressed; more is taken as it comes.
+const UNPROVEN_BYTES_MAX: u64 = 1 << 20;
 /// The size of [`Footer`].
 pub const FOOTER_BYTES: usize = 32;
 
@@ -266,12 +268,27 @@ fn unpack(payload: &[u8]) -> Result<Vec<u8>, Corrupt> {
     decompress(r.rest(), raw_bytes).ok_or(Corrupt { field: "payload", at, problem: Problem::Compression })
 }
 
-/// Decompresses one zstd stream that must give exactly `raw_bytes`; memory grows with what really comes out.
+/// Decompresses one zstd stream that must give exactly `raw_bytes`.
 pub(crate) fn decompress(stored: &[u8], raw_bytes: u64) -> Option<Vec<u8>> {
-    let decoder = zstd::stream::read::Decoder::with_buffer(stored).ok()?;
     let mut out = Vec::new();
-    decoder.take(raw_bytes.checked_add(1)?).read_to_end(&mut out).ok()?;
-    (out.len() as u64 == raw_bytes).then_some(out)
+    decompress_onto(&mut out, stored, raw_bytes)?;
+    Some(out)
+}
+
+/// The same, behind what `out` holds.
+pub(super) fn decompress_onto(out: &mut Vec<u8>, stored: &[u8], raw_bytes: u64) -> Option<()> {
+    let before = out.len();
+    if raw_bytes > UNPROVEN_BYTES_MAX {
+        // Memory grows with what really comes out.
+        let decoder = zstd::stream::read::Decoder::with_buffer(stored).ok()?;
+        decoder.take(raw_bytes.checked_add(1)?).read_to_end(out).ok()?;
+    } else {
+        out.reserve(usize::try_from(raw_bytes).ok()?);
+        let mut place = Cursor::new(&mut *out);
+        place.set_position(before as u64);
+        zstd::bulk::Decompressor::new().ok()?.decompress_to_buffer(stored, &mut place).ok()?;
+    }
+    (out.len().checked_sub(before)? as u64 == raw_bytes).then_some(())
 }
 
 /// A `.history` or `.backup` file, kept with its name so that a copied object still says what it is.
@@ -350,6 +367,20 @@ mod tests {
         assert!(decompress(&packed, 1000).is_some());
         assert!(decompress(&packed, 999).is_none());
         assert!(decompress(&packed, 1 << 50).is_none());
+        for cut in 0..packed.len() {
+            assert!(decompress(&packed[..cut], 1000).is_none());
+        }
+    }
+
+    #[test]
+    fn what_is_decompressed_goes_behind_what_is_there() {
+        for raw_bytes in [1000u64, UNPROVEN_BYTES_MAX, UNPROVEN_BYTES_MAX + 1] {
+            let raw: Vec<u8> = (0..raw_bytes).map(|i| (i % 251) as u8).collect();
+            let packed = zstd::bulk::compress(&raw, 3).unwrap();
+            let mut out = b"before".to_vec();
+            assert_eq!(decompress_onto(&mut out, &packed, raw_bytes), Some(()));
+            assert_eq!(out, [b"before".as_slice(), &raw].concat());
+        }
     }
 
     #[test]

@@ -226,7 +226,7 @@ impl SegmentDirectory {
         let mut bytes = Vec::new();
         for (_, stretch) in held {
             let here = Stretch { at: stretch.at.saturating_sub(at), ..stretch };
-            bytes.extend_from_slice(&here.read(stored, "chunk").map_err(|e| e.offset_by(at))?);
+            here.read_onto(&mut bytes, stored, "chunk").map_err(|e| e.offset_by(at))?;
         }
         Ok((begin, bytes))
     }
@@ -341,16 +341,23 @@ impl StoredSegment {
 
     /// Reads the WAL of a whole object under its checksums, without its index.
     pub fn decode_wal(object: &[u8]) -> Result<(SegmentDirectory, Vec<u8>), Corrupt> {
+        let mut wal = Vec::new();
+        let directory = Self::decode_wal_into(&mut wal, object)?;
+        Ok((directory, wal))
+    }
+
+    /// The same, in place of what `wal` holds.
+    pub fn decode_wal_into(wal: &mut Vec<u8>, object: &[u8]) -> Result<SegmentDirectory, Corrupt> {
+        wal.clear();
         Footer::check(object, ObjectKind::Segment)?;
         let object_bytes = object.len() as u64;
         let directory = SegmentDirectory::decode(object, object_bytes)?;
         let directory =
             directory.map_err(|needed| Corrupt::too_large("directory", 0, needed, object_bytes))?;
-        let mut wal = Vec::new();
         for chunk in &directory.chunks {
-            wal.extend_from_slice(&chunk.read(object, "chunk")?);
+            chunk.read_onto(wal, object, "chunk")?;
         }
-        Ok((directory, wal))
+        Ok(directory)
     }
 }
 

@@ -1,6 +1,6 @@
 //! A part of an object that is compressed and checked on its own: a chunk of WAL, a section of an index.
 
-use super::envelope::{HEADER_BYTES, decompress};
+use super::envelope::{HEADER_BYTES, decompress_onto};
 use crate::error::{Corrupt, Problem};
 use crate::reader::Reader;
 
@@ -21,8 +21,20 @@ impl Stretch {
         self.at.saturating_add(self.stored_bytes)
     }
 
-    /// The stretch's bytes out of `object`, checked and decompressed. Equal lengths say it was stored as it was.
+    /// The stretch's bytes out of `object`, checked and decompressed.
     pub(super) fn read(self, object: &[u8], field: &'static str) -> Result<Vec<u8>, Corrupt> {
+        let mut bytes = Vec::new();
+        self.read_onto(&mut bytes, object, field)?;
+        Ok(bytes)
+    }
+
+    /// The same, behind what `bytes` holds. Equal lengths say it was stored as it was.
+    pub(super) fn read_onto(
+        self,
+        bytes: &mut Vec<u8>,
+        object: &[u8],
+        field: &'static str,
+    ) -> Result<(), Corrupt> {
         let damaged = Corrupt { field, at: self.at, problem: Problem::Compression };
         let range = usize::try_from(self.at).ok().zip(usize::try_from(self.end()).ok());
         let stored = range.and_then(|(from, to)| object.get(from..to)).ok_or(damaged)?;
@@ -31,9 +43,10 @@ impl Stretch {
             return Err(Corrupt::mismatch(field, self.at, u64::from(found), u64::from(self.crc)));
         }
         if self.stored_bytes == self.raw_bytes {
-            return Ok(stored.to_vec());
+            bytes.extend_from_slice(stored);
+            return Ok(());
         }
-        decompress(stored, self.raw_bytes).ok_or(damaged)
+        decompress_onto(bytes, stored, self.raw_bytes).ok_or(damaged)
     }
 }
 
