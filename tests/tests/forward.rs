@@ -155,6 +155,25 @@ fn every_resource_manager_is_replayed_to_the_same_files() {
     assert!(replayed["records"].as_u64().unwrap() > 10_000, "{replayed}");
 }
 
+/// The page is changed, copied with its database and made anew, all of it in one segment: what came before the copy matters
+/// to the copy alone.
+#[test]
+fn a_page_made_anew_behind_a_copy_of_its_database_is_copied_as_it_was() {
+    let site = Site::new("forward-copy");
+    let builder = site.builder("db").settings(load::SETTINGS).setting("autovacuum", "off");
+    let cluster = site.start(builder);
+    load::prepare(&cluster);
+    cluster.query("create database source");
+    let source = |sql: &str| cluster.sql("source", sql).unwrap();
+    source("create table t as select n, 0 changed from generate_series(1, 100) n");
+    let backup = site.back_up(&cluster);
+    source("update t set changed = 1");
+    cluster.query("create database copied template source strategy file_copy");
+    source("update t set changed = 2");
+    let lsn = checkpoint_and_more(&cluster, &mut Chance::new());
+    Twice { site, backup }.assert_same(&lsn, &[]);
+}
+
 /// How many positions of a long run are gone to: `WALTIDE_TARGETS`, else a few.
 fn targets() -> u64 {
     std::env::var("WALTIDE_TARGETS").map_or(4, |n| n.parse().expect("a number of targets"))

@@ -178,11 +178,19 @@ impl ArchivedIndexes {
 
     /// A whole segment's bytes.
     pub(super) async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
+        self.wal_into(entry, Vec::new()).await
+    }
+
+    /// The same, in the memory of a buffer that is not needed any more.
+    pub(super) async fn wal_into(
+        &self,
+        entry: &SegmentEntry,
+        mut wal: Vec<u8>,
+    ) -> Result<Vec<u8>, SearchError> {
         let object = self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?;
-        let path = entry.path.clone();
-        let decoded = tokio::task::spawn_blocking(move || StoredSegment::decode_wal(&object)).await;
-        let decoded = decoded.expect("decoding a segment does not panic");
-        decoded.map(|(_, wal)| wal).map_err(|source| SearchError::Damaged { path, source })
+        let decode = move || StoredSegment::decode_wal_into(&mut wal, &object).map(|_| wal);
+        let decoded = tokio::task::spawn_blocking(decode).await.expect("decoding a segment does not panic");
+        decoded.map_err(|source| SearchError::Damaged { path: entry.path.clone(), source })
     }
 
     /// What a segment says about names, out of its index and, where that does not tell all, out of its WAL.

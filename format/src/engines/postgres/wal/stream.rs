@@ -16,6 +16,7 @@ use crate::segment::SegmentSize;
 use pages::{Entered, Rest};
 
 pub use ending::{EndReason, LogEnd, Pending, PreviousTail};
+pub use pages::copy_record;
 pub use span::{Expected, SegmentSpan};
 
 /// What [`RecordStream::next_record`] found.

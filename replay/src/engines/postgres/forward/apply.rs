@@ -16,8 +16,8 @@ use waltide_storage::Progress;
 use super::super::redo::{self, Page};
 use super::ForwardError;
 use super::decode::How;
-use super::keep::{Fork, Kept, Log, PART_BLOCKS, Part};
-use super::spill::Entry;
+use super::keep::{Fork, Kept, Log, PART_BLOCKS};
+use super::spill::{Chain, Entry};
 
 /// So many pages go to a file at once.
 const WRITE_PAGES: usize = 128;
@@ -115,11 +115,10 @@ pub(super) fn pages(
     threads: usize,
     progress: &dyn Progress,
 ) -> Result<Written, ForwardError> {
-    let mut work: Vec<(RelFileLocator, ForkNumber, u32, &Part)> = Vec::new();
+    let mut work: Vec<(RelFileLocator, ForkNumber, u32, &Chain)> = Vec::new();
     for (relation, state) in &kept.relations {
         for (fork, state) in state.forks() {
-            let parts = state.parts.iter().filter(|(_, part)| !part.chain.is_empty());
-            work.extend(parts.map(|(number, part)| (*relation, fork, *number, part)));
+            work.extend(state.parts.iter().map(|(number, chain)| (*relation, fork, *number, chain)));
         }
     }
     work.sort_by_key(|(relation, fork, number, _)| (*relation, *fork, *number));
@@ -130,16 +129,17 @@ pub(super) fn pages(
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
                 while !failed.load(Ordering::Relaxed) {
-                    let Some((relation, fork, number, part)) = work.get(next.fetch_add(1, Ordering::Relaxed))
+                    let Some((relation, fork, number, chain)) =
+                        work.get(next.fetch_add(1, Ordering::Relaxed))
                     else {
                         return;
                     };
                     let range = Range { files, log, relation: *relation, fork: *fork, number: *number };
-                    match range.apply(part) {
+                    match range.apply(chain) {
                         Ok(written) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
-                            progress.advance(part.chain.bytes());
+                            progress.advance(chain.bytes());
                         }
                         Err(e) => {
                             failed.store(true, Ordering::Relaxed);
@@ -202,7 +202,7 @@ struct Changing {
 }
 
 impl Range<'_> {
-    fn apply(&self, part: &Part) -> Result<Written, ForwardError> {
+    fn apply(&self, chain: &Chain) -> Result<Written, ForwardError> {
         let first = self.number.saturating_mul(PART_BLOCKS);
         let (segment, within) = match first.checked_div(self.files.file_blocks) {
             Some(segment) => (segment, first.checked_rem(self.files.file_blocks).unwrap_or(0)),
@@ -216,7 +216,7 @@ impl Range<'_> {
         let mut pages: BTreeMap<BlockNumber, Changing> = BTreeMap::new();
         let mut blocks = Vec::new();
         let mut read = 0u64;
-        part.chain.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
+        chain.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
             let major = self.files.control.major;
             let record = Record::decode(entry.record, entry.start, entry.end, major, &mut blocks);
             let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;

@@ -3,11 +3,13 @@
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
-    SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, implicit_vm_blocks,
+    SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, copy_record, implicit_vm_blocks,
 };
-use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator};
+use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator};
 
 use super::super::redo;
+use super::buffers::{Buffer, Buffers};
+use super::newer::Newer;
 
 /// A record with more data than this besides its pages is not copied for each of them.
 const MAIN_DATA_MAX: usize = 64 << 10;
@@ -72,7 +74,7 @@ pub(super) struct Span {
 /// What a segment's records do, in their order.
 #[derive(Debug, Default)]
 pub(super) struct Decoded {
-    arena: Vec<u8>,
+    arena: Buffer,
     records: Vec<Span>,
     /// Each with the record's place among the records.
     pub(super) deeds: Vec<(usize, Deed)>,
@@ -82,6 +84,35 @@ pub(super) struct Decoded {
     pub(super) unfinished: Option<Lsn>,
     /// How many records there are in the range.
     pub(super) count: u64,
+    /// What was left out is of no use to this stretch of the log, counted from its end.
+    pub(super) stretch: usize,
+}
+
+/// A record that was seen, and whose bytes are not copied yet.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    start: Lsn,
+    end: Lsn,
+    bytes: usize,
+}
+
+/// What a record that was seen does.
+#[derive(Debug)]
+struct Noted {
+    /// The record's place among those that were seen.
+    record: usize,
+    deed: Deed,
+    /// Of the record, other pages' images are left out; those would be most of what is kept.
+    is_cut: bool,
+}
+
+/// What a segment's records do, before it is known which of it matters.
+#[derive(Debug, Default)]
+struct Draft {
+    seen: Vec<Seen>,
+    notes: Vec<Noted>,
+    settings: Vec<(Lsn, ParameterChange)>,
+    count: u64,
 }
 
 /// Why a segment was not taken apart.
@@ -114,42 +145,57 @@ pub(super) struct Wanted {
     pub(super) until: Lsn,
 }
 
-/// Takes a segment apart. `next` is the segment that follows, where there is one.
+/// Takes a segment apart. `next` is the segment that follows, where there is one. What the `newer` log makes irrelevant is
+/// left out, as far as that was read.
 pub(super) fn decode_segment(
     wal: &[u8],
     next: Option<&[u8]>,
     span: SegmentSpan,
     expected: Expected<'_>,
     wanted: Wanted,
+    newer: &Newer,
+    arenas: &Buffers,
 ) -> Result<Decoded, DecodeError> {
     let stream = RecordStream::new(wal, span, expected, None).map_err(DecodeError::Damage)?;
     let mut stream = match next {
         Some(next) => stream.with_next(next),
         None => stream,
     };
-    let mut decoded = Decoded::default();
+    let major = stream.major();
+    let mut draft = Draft::default();
+    let mut unfinished = None;
     loop {
         match stream.next_record().map_err(DecodeError::Damage)? {
             Next::Record(record) if record.start >= wanted.until => break,
             Next::Record(record) if record.start < wanted.from => {}
-            Next::Record(record) => decoded.add(&record).map_err(DecodeError::Unknown)?,
+            Next::Record(record) => draft.add(&record).map_err(DecodeError::Unknown)?,
             Next::NeedMore(pending) => {
-                decoded.unfinished =
-                    Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
+                unfinished = Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
                 break;
             }
             Next::End(_) => break,
         }
     }
-    decoded.leave_out_what_is_overwritten();
-    Ok(decoded)
+    let stretch = draft.leave_out(newer);
+    let mut decoded = draft.copy(major, arenas, |seen, bytes| {
+        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
+        copy_record(wal, next, at, seen.bytes, bytes)
+    });
+    if let Ok(decoded) = &mut decoded {
+        (decoded.unfinished, decoded.stretch) = (unfinished, stretch);
+    }
+    decoded.map_err(DecodeError::Damage)
 }
 
 /// Takes one record apart that was put together elsewhere.
-pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, Unknown> {
-    let mut decoded = Decoded::default();
-    decoded.add(record)?;
-    Ok(decoded)
+pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
+    let mut draft = Draft::default();
+    draft.add(record).map_err(DecodeError::Unknown)?;
+    let copied = draft.copy(record.major, &Buffers::default(), |_, bytes| {
+        bytes.extend_from_slice(record.bytes());
+        Some(())
+    });
+    copied.map_err(DecodeError::Damage)
 }
 
 impl Decoded {
@@ -159,84 +205,81 @@ impl Decoded {
         Some((span, self.arena.get(span.from..span.from.saturating_add(span.bytes))?))
     }
 
+    fn keep(&mut self, seen: Seen, bytes: &[u8], arena: &mut Vec<u8>) {
+        let from = arena.len();
+        arena.extend_from_slice(bytes);
+        self.records.push(Span { start: seen.start, end: seen.end, from, bytes: bytes.len() });
+    }
+}
+
+impl Draft {
     fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
+        let before = self.notes.len();
         if record.blocks().len() > 0 {
             if !redo::vouches_for(record) {
                 return Err(unknown);
             }
-            for block in record.blocks() {
-                let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
-                let how = How::Block(block.id);
-                self.add_page(record, tag, how, block.makes_page_anew());
-            }
-            for (relation, block) in implicit_vm_blocks(record) {
-                let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-                self.add_page(record, tag, How::ClearVisibility, false);
-            }
-            return Ok(());
-        }
-        let number = self.records.len();
-        let before = self.deeds.len();
-        if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
+            self.add_pages(record);
+        } else if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
             decoded(DatabaseRecord::decode(record), &unknown)?
         {
             let (from, to) = ((from_spc_oid, from_db_oid), (spc_oid, db_oid));
-            self.deeds.push((number, Deed::Copy(DatabaseCopy { at: record.start, from, to })));
+            self.note(Deed::Copy(DatabaseCopy { at: record.start, from, to }));
         } else {
             if !redo::vouches_for(record) {
                 return Err(unknown);
             }
-            self.add_files(number, record, &unknown)?;
+            self.add_files(record, &unknown)?;
             if let Some(XlogRecord::ParameterChange(change)) = decoded(XlogRecord::decode(record), &unknown)?
             {
                 self.settings.push((record.start, change));
             }
             if redo::changes_state(record) {
-                self.deeds.push((number, Deed::State));
+                self.note(Deed::State);
             }
         }
-        if self.deeds.len() > before {
-            self.keep(record, record.bytes());
+        if self.notes.len() > before {
+            self.seen.push(Seen { start: record.start, end: record.end, bytes: record.bytes().len() });
         }
         Ok(())
     }
 
-    /// A page needs of the record no other page's image; those would be most of what is kept.
-    fn add_page(&mut self, record: &Record<'_>, tag: PageTag, how: How, anew: bool) {
-        let id = match how {
-            How::Block(id) => Some(id),
-            How::ClearVisibility | How::CutVisibility(_) => None,
-        };
-        // One copy serves all of the record's pages where there are no images to leave out, or little would be left out.
-        let is_shared = record.image_bytes() == 0 || record.main_data().len() > MAIN_DATA_MAX;
-        if !is_shared {
-            self.keep(record, &record.for_block(id));
-        } else if self.records.last().is_none_or(|last| last.start != record.start) {
-            self.keep(record, record.bytes());
-        }
-        self.deeds.push((self.records.len().saturating_sub(1), Deed::Page { tag, how, anew }));
+    /// Of the record that is about to be seen.
+    fn note(&mut self, deed: Deed) {
+        self.notes.push(Noted { record: self.seen.len(), deed, is_cut: false });
     }
 
-    fn keep(&mut self, record: &Record<'_>, bytes: &[u8]) {
-        let from = self.arena.len();
-        self.arena.extend_from_slice(bytes);
-        self.records.push(Span { start: record.start, end: record.end, from, bytes: bytes.len() });
+    fn add_pages(&mut self, record: &Record<'_>) {
+        let images = record.blocks().filter(|block| block.image.is_some()).count();
+        let may_cut = images > 0 && record.main_data().len() <= MAIN_DATA_MAX;
+        let number = self.seen.len();
+        let mut note = |tag, how, anew, own_images: usize| {
+            let is_cut = may_cut && images > own_images;
+            self.notes.push(Noted { record: number, deed: Deed::Page { tag, how, anew }, is_cut });
+        };
+        for block in record.blocks() {
+            let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
+            note(tag, How::Block(block.id), block.makes_page_anew(), block.image.iter().count());
+        }
+        for (relation, block) in implicit_vm_blocks(record) {
+            let tag = PageTag { relation, fork: ForkNumber::Vm, block };
+            note(tag, How::ClearVisibility, false, 0);
+        }
     }
 
     /// What the record does to relations' files.
-    fn add_files(&mut self, number: usize, record: &Record<'_>, unknown: &Unknown) -> Result<(), Unknown> {
-        let mut put = |deed: Deed| self.deeds.push((number, deed));
+    fn add_files(&mut self, record: &Record<'_>, unknown: &Unknown) -> Result<(), Unknown> {
         match decoded(SmgrRecord::decode(record), unknown)? {
-            Some(SmgrRecord::Create { relation, fork }) => put(Deed::Create { relation, fork }),
+            Some(SmgrRecord::Create { relation, fork }) => self.note(Deed::Create { relation, fork }),
             Some(SmgrRecord::Truncate { relation, blocks, flags }) => {
                 if flags & SmgrRecord::TRUNCATE_VM != 0 && !blocks.is_multiple_of(VM_HEAP_BLOCKS_PER_PAGE) {
                     let block = blocks.checked_div(VM_HEAP_BLOCKS_PER_PAGE).unwrap_or(0);
                     let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-                    put(Deed::Page { tag, how: How::CutVisibility(blocks), anew: false });
+                    self.note(Deed::Page { tag, how: How::CutVisibility(blocks), anew: false });
                 }
-                put(Deed::Cut { relation, blocks, flags });
+                self.note(Deed::Cut { relation, blocks, flags });
             }
             None => {}
         }
@@ -244,34 +287,84 @@ impl Decoded {
             decoded(DatabaseRecord::decode(record), unknown)?
         {
             for spc_oid in spc_oids {
-                put(Deed::DropDatabase { spc_oid, db_oid });
+                self.note(Deed::DropDatabase { spc_oid, db_oid });
             }
         }
         if let Some(end) = decoded(xact_end(record), unknown)? {
             for relation in end.dropped {
-                put(Deed::Drop(relation));
+                self.note(Deed::Drop(relation));
             }
         }
         Ok(())
     }
 
-    /// Of a page that is made anew, nothing that was done to it before matters.
-    fn leave_out_what_is_overwritten(&mut self) {
-        let mut last: foldhash::HashMap<PageTag, usize> = foldhash::HashMap::default();
-        for (i, (_, deed)) in self.deeds.iter().enumerate() {
-            if let Deed::Page { tag, anew: true, .. } = deed {
-                last.insert(*tag, i);
+    /// Of a page that is made anew, nothing that was done to it before matters, but to a copy that was made in between.
+    /// Which stretch of the log the `newer` one stood in.
+    fn leave_out(&mut self, newer: &Newer) -> usize {
+        let newer = newer.read();
+        let mut made_anew: foldhash::HashSet<PageTag> = foldhash::HashSet::default();
+        let mut is_newest = true;
+        let mut matters = vec![true; self.notes.len()];
+        for (noted, matters) in self.notes.iter().zip(&mut matters).rev() {
+            match &noted.deed {
+                Deed::Copy(_) => {
+                    made_anew.clear();
+                    is_newest = false;
+                }
+                Deed::Page { tag, anew, .. } => {
+                    let is_made_anew = made_anew.contains(tag) || is_newest && newer.makes_anew(*tag);
+                    *matters = !is_made_anew;
+                    if *matters && *anew {
+                        made_anew.insert(*tag);
+                    }
+                }
+                _ => {}
             }
         }
-        let mut i = 0usize;
-        self.deeds.retain(|(_, deed)| {
-            let here = i;
-            i = i.saturating_add(1);
-            match deed {
-                Deed::Page { tag, .. } => last.get(tag).is_none_or(|last| here >= *last),
-                _ => true,
+        let mut matters = matters.into_iter();
+        self.notes.retain(|_| matters.next().unwrap_or(true));
+        newer.stretch()
+    }
+
+    /// Copies the records of which something is left; `read` puts a record's bytes behind what it is given.
+    fn copy(
+        self,
+        major: PgMajor,
+        arenas: &Buffers,
+        mut read: impl FnMut(Seen, &mut Vec<u8>) -> Option<()>,
+    ) -> Result<Decoded, Damage> {
+        let Self { seen, notes, settings, count } = self;
+        let mut decoded = Decoded { settings, count, ..Decoded::default() };
+        let (mut arena, mut bytes, mut blocks) = (arenas.take(), Vec::new(), Vec::new());
+        // The record whose bytes are at hand, and whether it was kept whole.
+        let mut at_hand: Option<(usize, bool)> = None;
+        for Noted { record: number, deed, is_cut } in notes {
+            let Some(record) = seen.get(number).copied() else { continue };
+            let changed = |corrupt| Damage { lsn: record.start, record: Some(record.start), corrupt };
+            let mut is_kept = at_hand.is_some_and(|(n, is_kept)| n == number && is_kept);
+            if at_hand.is_none_or(|(n, _)| n != number) {
+                bytes.clear();
+                read(record, &mut bytes)
+                    .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, record.bytes as u64)))?;
             }
-        });
+            if is_cut {
+                let id = match deed {
+                    Deed::Page { how: How::Block(id), .. } => Some(id),
+                    _ => None,
+                };
+                let whole = Record::decode(&bytes, record.start, record.end, major, &mut blocks);
+                decoded.keep(record, &whole.map_err(changed)?.for_block(id), &mut arena);
+                // What follows of this record refers to its last copy.
+                is_kept = false;
+            } else if !is_kept {
+                decoded.keep(record, &bytes, &mut arena);
+                is_kept = true;
+            }
+            at_hand = Some((number, is_kept));
+            decoded.deeds.push((decoded.records.len().saturating_sub(1), deed));
+        }
+        decoded.arena = arenas.wrap(arena);
+        Ok(decoded)
     }
 }
 

@@ -4,41 +4,18 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use foldhash::{HashMap, HashSet};
+use foldhash::HashMap;
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
-use waltide_format::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
+use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
 
 use super::super::selection::Selection;
 use super::decode::{DatabaseCopy, Decoded, Deed, How, PageTag};
-use super::spill::{CHUNK_BYTES, Chain, Entry, Spill};
+use super::newer::{MadeAnew, Newer};
+use super::spill::{CHUNK_BYTES, Chain, Entry, Idle, Spill};
 
 /// Blocks that are kept, and applied, together: 32 MiB of pages. `relseg_size` is a multiple.
 pub(in super::super) const PART_BLOCKS: u32 = 4096;
 const FORKS: [ForkNumber; 4] = [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::Vm, ForkNumber::Init];
-
-/// Blocks of a fork that lie side by side.
-#[derive(Debug, Default)]
-pub(super) struct Part {
-    /// A bit for each block of which everything that matters is kept.
-    closed: Vec<u64>,
-    pub(super) chain: Chain,
-}
-
-impl Part {
-    fn is_closed(&self, within: u32) -> bool {
-        self.closed.get(within as usize / 64).is_some_and(|word| word >> (within % 64) & 1 == 1)
-    }
-
-    fn close(&mut self, within: u32) {
-        let at = within as usize / 64;
-        if self.closed.len() <= at {
-            self.closed.resize(at.saturating_add(1), 0);
-        }
-        if let Some(word) = self.closed.get_mut(at) {
-            *word |= 1 << (within % 64);
-        }
-    }
-}
 
 /// What becomes of a fork.
 #[derive(Debug, Default)]
@@ -49,14 +26,14 @@ pub(super) struct Fork {
     pub(super) blocks: BlockNumber,
     /// Whether its file is there at the end, where the log says so.
     pub(super) exists: Option<bool>,
-    pub(super) parts: BTreeMap<u32, Part>,
+    /// What is kept of so many blocks that lie side by side.
+    pub(super) parts: BTreeMap<u32, Chain>,
 }
 
 impl Fork {
-    /// Whether what the base backup has of a block is of no use.
-    fn is_superseded(&self, block: BlockNumber) -> bool {
-        let part = self.parts.get(&(block / PART_BLOCKS));
-        self.cap.is_some_and(|cap| block >= cap) || part.is_some_and(|p| p.is_closed(block % PART_BLOCKS))
+    /// Whether a block is cut off later.
+    fn cuts(&self, block: BlockNumber) -> bool {
+        self.cap.is_some_and(|cap| block >= cap)
     }
 
     fn cut(&mut self, blocks: BlockNumber) {
@@ -93,8 +70,8 @@ impl Relation {
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     pub(super) relations: HashMap<RelFileLocator, Relation>,
-    /// Databases, each in a tablespace, of which nothing from before is left.
-    gone: HashSet<(Oid, Oid)>,
+    /// Pages and databases of which nothing from before is left.
+    made_anew: MadeAnew,
     /// Records that change what is not in relations' files.
     pub(super) state: Chain,
     /// The stretch begins with this copy.
@@ -108,16 +85,14 @@ impl Kept {
     pub(super) fn page_bytes(&self) -> u64 {
         let forks = self.relations.values().flat_map(|r| &r.0);
         let parts = forks.flat_map(|fork| fork.parts.values());
-        parts.fold(0, |sum, part| sum.saturating_add(part.chain.bytes()))
+        parts.fold(0, |sum, chain| sum.saturating_add(chain.bytes()))
     }
 
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(&self, tag: PageTag) -> bool {
-        let PageTag { relation, fork, block } = tag;
-        let found = self.relations.get(&relation);
-        let fork = found.and_then(|r| r.forks().find(|(number, _)| *number == fork));
-        fork.is_some_and(|(_, fork)| fork.is_superseded(block))
-            || self.gone.contains(&(relation.spc_oid, relation.db_oid))
+        let found = self.relations.get(&tag.relation);
+        let fork = found.and_then(|r| r.forks().find(|(number, _)| *number == tag.fork));
+        fork.is_some_and(|(_, fork)| fork.cuts(tag.block)) || self.made_anew.contains(tag)
     }
 }
 
@@ -125,10 +100,14 @@ impl Kept {
 #[derive(Debug)]
 pub(super) struct Keeper {
     spill: Spill,
-    /// The newest stretch first; the last is being added to.
-    newer: Vec<Kept>,
+    /// The stretches that are complete, the newest first.
+    complete: Vec<Kept>,
+    /// The one that is being added to, and what it makes anew.
     kept: Kept,
+    newer: Newer,
     settings: Vec<(Lsn, ParameterChange)>,
+    idle: Idle,
+    /// Bytes of memory that chains have.
     buffered: usize,
     memory: usize,
     /// Of other relations' pages nothing is kept, but how many there are.
@@ -152,39 +131,68 @@ pub(super) struct Log {
 impl Keeper {
     /// Keeps up to about `memory` bytes, and the rest in `spill`.
     pub(super) fn new(spill: Spill, memory: usize, selection: Option<Selection>) -> Self {
-        let (newer, kept, settings) = (Vec::new(), Kept::default(), Vec::new());
-        Self { spill, newer, kept, settings, buffered: 0, memory, selection, records: 0 }
+        let (complete, kept, newer, settings) = (Vec::new(), Kept::default(), Newer::default(), Vec::new());
+        let (idle, buffered, records) = (Idle::default(), 0, 0);
+        Self { spill, complete, kept, newer, settings, idle, buffered, memory, selection, records }
+    }
+
+    /// What was added so far makes irrelevant.
+    pub(super) const fn newer(&self) -> &Newer {
+        &self.newer
+    }
+
+    /// Whether what was left out of a segment is of no use to the stretch that it would be added to.
+    pub(super) fn fits(&self, decoded: &Decoded) -> bool {
+        decoded.stretch == self.complete.len()
     }
 
     /// Adds what lies before all that was added.
     pub(super) fn add(&mut self, decoded: &Decoded) -> io::Result<()> {
         self.records = self.records.saturating_add(decoded.count);
         self.settings.extend(decoded.settings.iter().rev());
-        for (number, deed) in decoded.deeds.iter().rev() {
+        let mut deeds = decoded.deeds.as_slice();
+        loop {
+            let copy = deeds.iter().rposition(|(_, deed)| matches!(deed, Deed::Copy(_)));
+            let (before, after) =
+                deeds.split_at_checked(copy.map_or(0, |at| at.saturating_add(1))).unwrap_or((&[], deeds));
+            self.add_stretch(decoded, after)?;
+            let Some(((_, Deed::Copy(copy)), rest)) = before.split_last() else { return Ok(()) };
+            self.kept.begins_with = Some(*copy);
+            self.complete_stretch();
+            deeds = rest;
+        }
+    }
+
+    fn complete_stretch(&mut self) {
+        self.kept.made_anew = self.newer.begin_stretch();
+        self.complete.push(std::mem::take(&mut self.kept));
+    }
+
+    /// Adds deeds of one stretch.
+    fn add_stretch(&mut self, decoded: &Decoded, deeds: &[(usize, Deed)]) -> io::Result<()> {
+        // Others read what is made anew: it is not held while bytes are copied.
+        let mut keeps = Vec::new();
+        let newer = self.newer.clone();
+        let mut newer = newer.write();
+        for kept @ (_, deed) in deeds.iter().rev() {
+            if self.matters(deed, newer.made_anew_mut()) {
+                keeps.push(kept);
+            }
+        }
+        drop(newer);
+        for (number, deed) in keeps {
             let Some((span, record)) = decoded.record(*number) else { continue };
             let entry = |how, block| Entry { start: span.start, end: span.end, how, block, record };
-            match deed {
-                Deed::Page { tag, how, anew } => self.page(*tag, *anew, &entry(*how, tag.block))?,
-                Deed::State => {
-                    let more = self.kept.state.push(&entry(How::Block(0), 0));
-                    self.buffered = self.buffered.saturating_add(more);
+            let more = match deed {
+                Deed::Page { tag, how, .. } => {
+                    self.kept.changes = self.kept.changes.saturating_add(1);
+                    let fork = self.kept.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
+                    let chain = fork.parts.entry(tag.block / PART_BLOCKS).or_default();
+                    chain.push(&entry(*how, tag.block), &mut self.idle)
                 }
-                Deed::Create { relation, fork } => {
-                    if !self.is_gone(*relation) {
-                        let relation = self.kept.relations.entry(*relation).or_default();
-                        relation.fork_mut(*fork).exists.get_or_insert(true);
-                    }
-                }
-                Deed::Cut { relation, blocks, flags } => self.cut(*relation, *blocks, *flags),
-                Deed::Drop(relation) => self.drop(*relation),
-                Deed::DropDatabase { spc_oid, db_oid } => {
-                    self.kept.gone.insert((*spc_oid, *db_oid));
-                }
-                Deed::Copy(copy) => {
-                    self.kept.begins_with = Some(*copy);
-                    self.newer.push(std::mem::take(&mut self.kept));
-                }
-            }
+                _ => self.kept.state.push(&entry(How::Block(0), 0), &mut self.idle),
+            };
+            self.buffered = self.buffered.saturating_add(more);
             if self.buffered > self.memory {
                 self.make_room()?;
             }
@@ -193,43 +201,52 @@ impl Keeper {
     }
 
     pub(super) fn finish(mut self) -> Log {
-        self.newer.push(self.kept);
-        self.newer.reverse();
+        self.complete_stretch();
+        self.complete.reverse();
         self.settings.reverse();
-        Log { spill: self.spill, stretches: self.newer, settings: self.settings, records: self.records }
+        Log { spill: self.spill, stretches: self.complete, settings: self.settings, records: self.records }
     }
 
-    fn is_gone(&self, relation: RelFileLocator) -> bool {
-        self.kept.gone.contains(&(relation.spc_oid, relation.db_oid))
+    /// Takes note of what a record does; whether its bytes are needed.
+    fn matters(&mut self, deed: &Deed, made_anew: &mut MadeAnew) -> bool {
+        match deed {
+            Deed::Page { tag, how, anew } => return self.page_matters(*tag, *how, *anew, made_anew),
+            Deed::State => return true,
+            Deed::Create { relation, fork } if !made_anew.has_lost(*relation) => {
+                let relation = self.kept.relations.entry(*relation).or_default();
+                relation.fork_mut(*fork).exists.get_or_insert(true);
+            }
+            Deed::Cut { relation, blocks, flags } if !made_anew.has_lost(*relation) => {
+                self.cut(*relation, *blocks, *flags);
+            }
+            Deed::Drop(relation) if !made_anew.has_lost(*relation) => self.drop(*relation),
+            Deed::DropDatabase { spc_oid, db_oid } => made_anew.lose_database(*spc_oid, *db_oid),
+            Deed::Create { .. } | Deed::Cut { .. } | Deed::Drop(_) | Deed::Copy(_) => {}
+        }
+        false
     }
 
-    fn page(&mut self, tag: PageTag, anew: bool, entry: &Entry<'_>) -> io::Result<()> {
-        if self.is_gone(tag.relation) {
-            return Ok(());
+    fn page_matters(&mut self, tag: PageTag, how: How, anew: bool, made_anew: &mut MadeAnew) -> bool {
+        if made_anew.has_lost(tag.relation) {
+            return false;
         }
         let fork = self.kept.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
         // Clearing the map of blocks that are cut makes nothing that was not there.
-        if !matches!(entry.how, How::CutVisibility(_)) {
+        if !matches!(how, How::CutVisibility(_)) {
             fork.exists.get_or_insert(true);
             fork.grow(tag.block.saturating_add(1));
         }
         let wanted = self.selection.as_ref().is_none_or(|selection| selection.wants(tag.relation));
-        if !wanted || fork.is_superseded(tag.block) {
-            return Ok(());
+        if !wanted || fork.cuts(tag.block) || made_anew.contains(tag) {
+            return false;
         }
-        let part = fork.parts.entry(tag.block / PART_BLOCKS).or_default();
         if anew {
-            part.close(tag.block % PART_BLOCKS);
+            made_anew.insert(tag);
         }
-        self.buffered = self.buffered.saturating_add(part.chain.push(entry));
-        self.kept.changes = self.kept.changes.saturating_add(1);
-        Ok(())
+        true
     }
 
     fn cut(&mut self, relation: RelFileLocator, blocks: BlockNumber, flags: u32) {
-        if self.is_gone(relation) {
-            return;
-        }
         let relation = self.kept.relations.entry(relation).or_default();
         if flags & SmgrRecord::TRUNCATE_HEAP != 0 {
             relation.fork_mut(ForkNumber::Main).cut(blocks);
@@ -244,9 +261,6 @@ impl Keeper {
     }
 
     fn drop(&mut self, relation: RelFileLocator) {
-        if self.is_gone(relation) {
-            return;
-        }
         let relation = self.kept.relations.entry(relation).or_default();
         for fork in FORKS {
             let fork = relation.fork_mut(fork);
@@ -255,18 +269,20 @@ impl Keeper {
         }
     }
 
-    /// Moves buffers to the file, the long ones first.
+    /// Moves buffers to the file, the long ones first, until a quarter of the memory is free.
     fn make_room(&mut self) -> io::Result<()> {
+        let enough = self.memory.saturating_sub(self.memory / 4);
         for least in [CHUNK_BYTES, CHUNK_BYTES / 16, 1] {
-            for kept in self.newer.iter_mut().chain([&mut self.kept]) {
+            for kept in self.complete.iter_mut().chain([&mut self.kept]) {
                 let forks = kept.relations.values_mut().flat_map(|r| &mut r.0);
-                let chains = forks.flat_map(|fork| fork.parts.values_mut()).map(|part| &mut part.chain);
+                let chains = forks.flat_map(|fork| fork.parts.values_mut());
                 for chain in chains.chain([&mut kept.state]).filter(|chain| chain.buffered() >= least) {
-                    self.buffered = self.buffered.saturating_sub(chain.flush(&self.spill)?);
+                    let freed = chain.flush(&self.spill, &mut self.idle)?;
+                    self.buffered = self.buffered.saturating_sub(freed);
+                    if self.buffered <= enough {
+                        return Ok(());
+                    }
                 }
-            }
-            if self.buffered <= self.memory / 2 {
-                break;
             }
         }
         Ok(())

@@ -12,13 +12,13 @@ use waltide_format::archive::{
     Catalog, CheckpointInfo, Layout, Lineage, MergedSection, Run, SegmentEntry, SegmentInfo, Step,
 };
 use waltide_format::engines::postgres::wal::{Checkpoint, Record, XlogRecord};
-use waltide_format::{Lsn, PgMajor, SegmentName, TimelineId, TimestampTz};
+use waltide_format::{BLOCK_BYTES, Lsn, PgMajor, SegmentName, TimelineId, TimestampTz};
 use waltide_storage::{Archive, Progress};
 
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::selection::Selection;
 use super::decode::{Unknown, Wanted};
-use super::keep::Keeper;
+use super::keep::{Keeper, PART_BLOCKS};
 use super::spill::Spill;
 use super::{ForwardError, Ready, scan};
 use crate::plan::Plan;
@@ -218,9 +218,17 @@ impl Forward {
         self.mode
     }
 
-    /// What is left of the memory for what is kept: buffers grow by doubling, and the segments under way need some, too.
-    const fn budget(&self) -> usize {
-        self.memory / 2
+    /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as much again
+    /// for what its records do; while pages are written, ranges of them do.
+    fn budget(&self, threads: usize) -> usize {
+        let segment = self.segments.first().map_or(0, |s| s.entry.info.size.bytes());
+        let segments = threads.saturating_mul(3).saturating_add(3) as u64;
+        let reading = segments.saturating_mul(segment).saturating_mul(2);
+        let writing =
+            (threads as u64).saturating_mul(u64::from(PART_BLOCKS)).saturating_mul(BLOCK_BYTES as u64);
+        let others = usize::try_from(reading.max(writing)).unwrap_or(usize::MAX);
+        // The allocator has its own share.
+        (self.memory.saturating_sub(others) / 4).saturating_mul(3).max(self.memory / 4)
     }
 
     /// Bytes of log that are read.
@@ -274,7 +282,7 @@ impl Forward {
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
             let wanted = Wanted { from: self.from, until: self.point.redo };
-            let keeper = Keeper::new(Spill::new(scratch)?, self.budget(), selection.cloned());
+            let keeper = Keeper::new(Spill::new(scratch)?, self.budget(threads), selection.cloned());
             let scanned = scan::scan(&self.indexes, &self.segments, wanted, keeper, threads, progress);
             match scanned.await {
                 Ok(log) => {

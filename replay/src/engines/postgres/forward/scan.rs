@@ -11,8 +11,10 @@ use waltide_storage::Progress;
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::restore::blocking;
 use super::ForwardError;
-use super::decode::{DecodeError, Decoded, Unknown, Wanted, decode_record, decode_segment};
+use super::buffers::{Buffer, Buffers};
+use super::decode::{DecodeError, Decoded, Wanted, decode_record, decode_segment};
 use super::keep::{Keeper, Log};
+use super::newer::Newer;
 use super::point::LogSegment;
 
 type Taken = Result<Decoded, DecodeError>;
@@ -30,33 +32,39 @@ pub(super) async fn scan(
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))
         .collect();
+    let (buffers, arenas) = (&Buffers::default(), Buffers::default());
     // A segment is also read for the end of a record that begins in the one before.
     let read = |number: usize| async move {
         let Some(segment) = segments.get(number) else { return Ok((number, Arc::default())) };
-        indexes.wal(&segment.entry).await.map(|wal| (number, Arc::new(wal)))
+        let read = indexes.wal_into(&segment.entry, buffers.take()).await;
+        read.map(|wal| (number, Arc::new(buffers.wrap(wal))))
     };
     let mut wals = stream::iter(numbers).map(read).buffered(threads.max(1));
-    let mut next: Option<(usize, Arc<Vec<u8>>)> = None;
-    let mut taking: VecDeque<(usize, tokio::task::JoinHandle<Taken>)> = VecDeque::new();
+    let mut next: Option<(usize, Arc<Buffer>)> = None;
+    let mut taking: VecDeque<(Wal, tokio::task::JoinHandle<Taken>)> = VecDeque::new();
     loop {
-        let wal: Option<(usize, Arc<Vec<u8>>)> = wals.try_next().await?;
+        let wal: Option<(usize, Arc<Buffer>)> = wals.try_next().await?;
         let more = wal.is_some();
         if let Some((number, wal)) = wal {
-            let segments = Arc::clone(segments);
-            let (here, after) =
-                (Arc::clone(&wal), next.take().filter(|(n, _)| *n == number.saturating_add(1)));
-            let take =
-                move || take(&segments, number, &here, after.as_ref().map(|(_, w)| w.as_slice()), wanted);
-            taking.push_back((number, tokio::task::spawn_blocking(take)));
-            next = Some((number, wal));
+            let after = next.take().filter(|(n, _)| *n == number.saturating_add(1)).map(|(_, wal)| wal);
+            next = Some((number, Arc::clone(&wal)));
+            let (segments, arenas) = (Arc::clone(segments), arenas.clone());
+            let wal = Wal { segments, number, here: wal, after, wanted, arenas };
+            let (task, newer) = (wal.clone(), keeper.newer().clone());
+            taking.push_back((wal, tokio::task::spawn_blocking(move || task.take(&newer))));
         }
         while taking.len() > if more { threads } else { 0 } {
-            let Some((number, handle)) = taking.pop_front() else { break };
-            let Some(segment) = segments.get(number) else { continue };
+            let Some((wal, handle)) = taking.pop_front() else { break };
+            let Some(segment) = segments.get(wal.number) else { continue };
             let taken = handle.await.expect("taking a segment apart does not panic");
+            let taken = match taken {
+                // A copy of a database was met since: what is of no use behind it may be of use to it.
+                Ok(decoded) if !keeper.fits(&decoded) => blocking(|| wal.take(keeper.newer())),
+                taken => taken,
+            };
             let decoded = taken.map_err(|e| failed(e, segment))?;
             if let Some(at) = decoded.unfinished
-                && let Some(long) = long_record(indexes, segments, number, at).await?
+                && let Some(long) = long_record(indexes, segments, wal.number, at).await?
             {
                 blocking(|| keeper.add(&long))?;
             }
@@ -69,13 +77,29 @@ pub(super) async fn scan(
     }
 }
 
-fn take(segments: &[LogSegment], number: usize, wal: &[u8], next: Option<&[u8]>, wanted: Wanted) -> Taken {
-    let Some(segment) = segments.get(number) else { return Ok(Decoded::default()) };
-    let info = &segment.entry.info;
-    let Some(span) = SegmentSpan::containing(segment.start, info.size) else { return Ok(Decoded::default()) };
-    let expected = Expected { major: Some(info.major), ..Expected::default() };
-    let until = wanted.until.min(segment.usable_end);
-    decode_segment(wal, next, span, expected, Wanted { until, ..wanted })
+/// A segment that is being taken apart, and the one that follows.
+#[derive(Clone)]
+struct Wal {
+    segments: Arc<Vec<LogSegment>>,
+    number: usize,
+    here: Arc<Buffer>,
+    after: Option<Arc<Buffer>>,
+    wanted: Wanted,
+    arenas: Buffers,
+}
+
+impl Wal {
+    fn take(&self, newer: &Newer) -> Taken {
+        let Some(segment) = self.segments.get(self.number) else { return Ok(Decoded::default()) };
+        let info = &segment.entry.info;
+        let Some(span) = SegmentSpan::containing(segment.start, info.size) else {
+            return Ok(Decoded::default());
+        };
+        let expected = Expected { major: Some(info.major), ..Expected::default() };
+        let wanted = Wanted { until: self.wanted.until.min(segment.usable_end), ..self.wanted };
+        let after = self.after.as_deref().map(|wal| &**wal);
+        decode_segment(&self.here, after, span, expected, wanted, newer, &self.arenas)
+    }
 }
 
 fn failed(e: DecodeError, segment: &LogSegment) -> ForwardError {
@@ -93,9 +117,10 @@ async fn long_record(
     at: Lsn,
 ) -> Result<Option<Decoded>, ForwardError> {
     let entries: Vec<_> = segments.iter().skip(number).map(|s| &s.entry).collect();
-    let look = move |record: &Record<'_>| -> Option<Option<Result<Decoded, Unknown>>> {
+    let look = move |record: &Record<'_>| -> Option<Option<Taken>> {
         (record.start >= at).then(|| (record.start == at).then(|| decode_record(record)))
     };
     let found = indexes.records(&entries, look).await?;
-    Ok(found.flatten().transpose()?)
+    let Some(segment) = segments.get(number) else { return Ok(None) };
+    found.flatten().transpose().map_err(|e| failed(e, segment))
 }

@@ -10,8 +10,12 @@ use waltide_format::{BlockNumber, Lsn};
 
 use super::decode::How;
 
-/// Buffers of this size and longer go to the file first.
-pub(super) const CHUNK_BYTES: usize = 1 << 20;
+/// How much is buffered in one piece, and goes to the file so; a longer entry is a piece of its own.
+pub(super) const CHUNK_BYTES: usize = 128 << 10;
+/// What a chain begins with: most stay short.
+const FIRST_BYTES: usize = 512;
+/// So many pieces of memory wait for their next use.
+const IDLE_MAX: usize = 64;
 /// `start`, `end`, how, argument.
 const HEAD_BYTES: usize = 8 + 8 + 1 + 4;
 
@@ -59,9 +63,15 @@ struct Chunk {
 /// Entries, added newest first and read oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Chain {
-    buffer: Vec<u8>,
+    /// The newest entries in the file, in their order.
     chunks: Vec<Chunk>,
+    /// What came after them.
+    buffers: Vec<Vec<u8>>,
 }
+
+/// Memory that chains hand on to each other.
+#[derive(Debug, Default)]
+pub(super) struct Idle(Vec<Vec<u8>>);
 
 /// A record and what it is kept for.
 #[derive(Debug, Clone, Copy)]
@@ -75,47 +85,73 @@ pub(super) struct Entry<'a> {
 }
 
 impl Chain {
+    /// Bytes of memory.
     pub(super) fn buffered(&self) -> usize {
-        self.buffer.len()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.buffer.is_empty() && self.chunks.is_empty()
+        self.buffers.iter().map(Vec::capacity).fold(0, usize::saturating_add)
     }
 
     /// Bytes of all entries.
     pub(super) fn bytes(&self) -> u64 {
         let chunks = self.chunks.iter().map(|chunk| chunk.bytes as u64);
-        chunks.fold(self.buffer.len() as u64, u64::saturating_add)
+        let buffers = self.buffers.iter().map(|buffer| buffer.len() as u64);
+        chunks.chain(buffers).fold(0, u64::saturating_add)
     }
 
-    /// Adds an entry; how many bytes more are buffered.
-    pub(super) fn push(&mut self, entry: &Entry<'_>) -> usize {
+    /// Adds an entry; how many bytes of memory that took.
+    pub(super) fn push(&mut self, entry: &Entry<'_>, idle: &mut Idle) -> usize {
         let (how, argument) = match entry.how {
             How::Block(id) => (id, entry.block),
             How::ClearVisibility => (u8::MAX, entry.block),
             // The page follows from the heap's block.
             How::CutVisibility(heap) => (u8::MAX - 1, heap),
         };
-        let before = self.buffer.len();
-        self.buffer.extend_from_slice(&entry.start.get().to_le_bytes());
-        self.buffer.extend_from_slice(&entry.end.get().to_le_bytes());
-        self.buffer.push(how);
-        self.buffer.extend_from_slice(&argument.to_le_bytes());
-        self.buffer.extend_from_slice(entry.record);
+        let needed = HEAD_BYTES.saturating_add(entry.record.len()).saturating_add(4);
+        let more = self.make_room(needed, idle);
+        let Some(buffer) = self.buffers.last_mut() else { return more };
+        buffer.extend_from_slice(&entry.start.get().to_le_bytes());
+        buffer.extend_from_slice(&entry.end.get().to_le_bytes());
+        buffer.push(how);
+        buffer.extend_from_slice(&argument.to_le_bytes());
+        buffer.extend_from_slice(entry.record);
         // Read from behind, so the length comes last.
         let bytes = u32::try_from(entry.record.len()).unwrap_or(u32::MAX);
-        self.buffer.extend_from_slice(&bytes.to_le_bytes());
-        self.buffer.len().saturating_sub(before)
+        buffer.extend_from_slice(&bytes.to_le_bytes());
+        more
     }
 
-    /// Moves the buffer to the file; how many bytes less are buffered.
-    pub(super) fn flush(&mut self, spill: &Spill) -> io::Result<usize> {
-        if self.buffer.is_empty() {
-            return Ok(0);
+    /// Sees to it that so much fits behind what is buffered; how much memory that took.
+    fn make_room(&mut self, needed: usize, idle: &mut Idle) -> usize {
+        let is_first = self.buffers.is_empty() && self.chunks.is_empty();
+        if let Some(last) = self.buffers.last_mut() {
+            let (len, capacity) = (last.len(), last.capacity());
+            let wanted = len.saturating_add(needed);
+            if wanted <= capacity {
+                return 0;
+            }
+            if wanted <= CHUNK_BYTES {
+                last.reserve_exact(capacity.saturating_mul(2).clamp(wanted, CHUNK_BYTES).saturating_sub(len));
+                return last.capacity().saturating_sub(capacity);
+            }
         }
-        self.chunks.push(spill.put(&self.buffer)?);
-        Ok(std::mem::take(&mut self.buffer).len())
+        let used = if is_first || needed > CHUNK_BYTES { None } else { idle.0.pop() };
+        let fresh = needed.max(if is_first { FIRST_BYTES } else { CHUNK_BYTES });
+        let buffer = used.unwrap_or_else(|| Vec::with_capacity(fresh));
+        let more = buffer.capacity();
+        self.buffers.push(buffer);
+        more
+    }
+
+    /// Moves what is buffered to the file; how much memory that gives back.
+    pub(super) fn flush(&mut self, spill: &Spill, idle: &mut Idle) -> io::Result<usize> {
+        let freed = self.buffered();
+        for mut buffer in std::mem::take(&mut self.buffers) {
+            self.chunks.push(spill.put(&buffer)?);
+            if buffer.capacity() == CHUNK_BYTES && idle.0.len() < IDLE_MAX {
+                buffer.clear();
+                idle.0.push(buffer);
+            }
+        }
+        Ok(freed)
     }
 
     /// Calls `each` with the entries, oldest first.
@@ -124,7 +160,9 @@ impl Chain {
         spill: &Spill,
         mut each: impl FnMut(Entry<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        backwards(&self.buffer, &mut each)?;
+        for buffer in self.buffers.iter().rev() {
+            backwards(buffer, &mut each)?;
+        }
         for chunk in self.chunks.iter().rev() {
             backwards(&spill.get(*chunk)?, &mut each)?;
         }
@@ -186,15 +224,21 @@ mod tests {
         ]
     }
 
+    /// A record of any length: a buffer holds many, or less than one.
+    fn record() -> impl Strategy<Value = Vec<u8>> {
+        let length = prop_oneof![9 => 0usize..50, 3 => 1_000usize..20_000, 1 => 100_000usize..200_000];
+        (any::<u8>(), length).prop_map(|(byte, length)| vec![byte; length])
+    }
+
     proptest! {
         #[test]
         fn what_was_added_newest_first_comes_back_oldest_first(
-            entries in proptest::collection::vec((any::<u64>(), how(), any::<u32>(), proptest::collection::vec(any::<u8>(), 0..50), any::<bool>()), 0..40)
+            entries in proptest::collection::vec((any::<u64>(), how(), any::<u32>(), record(), prop::bool::weighted(0.1)), 0..40)
         ) {
             let dir = tempfile::tempdir().unwrap();
             let spill = Spill::new(dir.path()).unwrap();
             prop_assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-            let mut chain = Chain::default();
+            let (mut chain, mut idle) = (Chain::default(), Idle::default());
             let mut expected = Vec::new();
             let mut buffered = 0;
             for (at, how, block, record, flush) in &entries {
@@ -203,9 +247,9 @@ mod tests {
                     _ => *block,
                 };
                 let entry = Entry { start: (*at).into(), end: at.wrapping_add(8).into(), how: *how, block, record };
-                buffered += chain.push(&entry);
+                buffered += chain.push(&entry, &mut idle);
                 if *flush {
-                    buffered -= chain.flush(&spill).unwrap();
+                    buffered -= chain.flush(&spill, &mut idle).unwrap();
                 }
                 prop_assert_eq!(chain.buffered(), buffered);
                 expected.insert(0, (entry.start, entry.end, *how, block, record.clone()));

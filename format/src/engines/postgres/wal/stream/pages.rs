@@ -4,7 +4,7 @@ use super::{
     EndReason, Found, LogEnd, Pending, Place, RecordStream, Step, StreamHead, align8, u32_of, usize_of,
 };
 use crate::engines::postgres::wal::Damage;
-use crate::engines::postgres::wal::page::{PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
+use crate::engines::postgres::wal::page::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
 
 /// A page that was entered, or the reason why the log stops before it.
 pub(super) enum Entered {
@@ -22,6 +22,34 @@ pub(super) enum Rest {
     Over,
     /// The log stops inside it.
     Stop { reason: EndReason, at: usize },
+}
+
+/// Copies a record that a [`RecordStream`] gave, and that begins at byte `at` of its segment, behind what `record` holds;
+/// page headers are taken out. `next` is the segment that follows, where the record runs over the edge. None where that is
+/// not enough.
+pub fn copy_record(
+    segment: &[u8],
+    next: Option<&[u8]>,
+    at: usize,
+    bytes: usize,
+    record: &mut Vec<u8>,
+) -> Option<()> {
+    let (mut segment, mut next, mut at, mut left) = (segment, next, at, bytes);
+    loop {
+        if at >= segment.len() {
+            segment = next.take()?;
+            at = LONG_HEADER_BYTES;
+        }
+        let page_end = (at & !PAGE_BYTES.wrapping_sub(1)).saturating_add(PAGE_BYTES);
+        let here = left.min(page_end.saturating_sub(at));
+        record.extend_from_slice(segment.get(at..at.saturating_add(here))?);
+        left = left.saturating_sub(here);
+        if left == 0 {
+            return Some(());
+        }
+        // The first page of the next segment has its own header.
+        at = if page_end < segment.len() { page_end.saturating_add(SHORT_HEADER_BYTES) } else { page_end };
+    }
 }
 
 impl RecordStream<'_> {

@@ -389,6 +389,31 @@ proptest! {
         prop_assert_eq!(read_all(&segments(&b)).unwrap(), b.records);
     }
 
+    /// A record over more than one segment's edge, which the two do not hold, is not copied.
+    #[test]
+    fn a_record_that_was_read_is_copied_from_its_place(lens in proptest::collection::vec(prop_oneof![1usize..300, 7000usize..9000, 1usize..70_000], 1..120)) {
+        let mut b = WalBuilder::new(PgMajor::V15, small_segments());
+        for len in lens {
+            b.message(len);
+        }
+        let all = segments(&b);
+        for (i, segment) in all.iter().enumerate() {
+            let next = all.get(i + 1).map(Vec::as_slice);
+            let stream = RecordStream::new(segment, span_of(i), Expected::default(), None).unwrap();
+            let mut stream = match next {
+                Some(next) => stream.with_next(next),
+                None => stream,
+            };
+            while let Next::Record(r) = stream.next_record().unwrap() {
+                let at = usize::try_from(r.start.bytes_since(span_of(i).start())).unwrap();
+                let mut copy = b"before".to_vec();
+                copy_record(segment, next, at, r.bytes().len(), &mut copy).unwrap();
+                prop_assert_eq!(&copy[6..], r.bytes());
+                prop_assert_eq!(copy_record(segment, None, at, 3 << 20, &mut copy), None);
+            }
+        }
+    }
+
     #[test]
     fn any_byte_changed_is_damage_or_a_byte_that_nothing_covers(
         lens in proptest::collection::vec(prop_oneof![1usize..300, 7000usize..9000], 1..12),

@@ -1,0 +1,98 @@
+//! What the newer log, read before the older, makes irrelevant of it.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use foldhash::{HashMap, HashSet};
+use waltide_format::{BlockNumber, ForkNumber, Oid, RelFileLocator};
+
+use super::decode::PageTag;
+use super::keep::PART_BLOCKS;
+
+const WORDS: usize = (PART_BLOCKS / u64::BITS) as usize;
+
+/// What the log makes anew or removes behind a moment.
+#[derive(Debug, Default)]
+pub(super) struct MadeAnew {
+    /// A bit for each block of a part.
+    pages: HashMap<(RelFileLocator, ForkNumber, u32), Box<[u64; WORDS]>>,
+    /// Databases, each in a tablespace.
+    gone: HashSet<(Oid, Oid)>,
+}
+
+/// A block's word and bit among those of its part.
+const fn bit_of(block: BlockNumber) -> (usize, u64) {
+    let within = block % PART_BLOCKS;
+    ((within / u64::BITS) as usize, 1 << (within % u64::BITS))
+}
+
+impl MadeAnew {
+    /// Whether nothing that was done to a page before matters.
+    pub(super) fn contains(&self, tag: PageTag) -> bool {
+        let PageTag { relation, fork, block } = tag;
+        let (word, bit) = bit_of(block);
+        let part = self.pages.get(&(relation, fork, block / PART_BLOCKS));
+        part.and_then(|words| words.get(word)).is_some_and(|word| word & bit != 0) || self.has_lost(relation)
+    }
+
+    /// Whether the relation's database is removed later.
+    pub(super) fn has_lost(&self, relation: RelFileLocator) -> bool {
+        !self.gone.is_empty() && self.gone.contains(&(relation.spc_oid, relation.db_oid))
+    }
+
+    pub(super) fn insert(&mut self, tag: PageTag) {
+        let PageTag { relation, fork, block } = tag;
+        let (word, bit) = bit_of(block);
+        let part = self.pages.entry((relation, fork, block / PART_BLOCKS));
+        if let Some(word) = part.or_insert_with(|| Box::new([0; WORDS])).get_mut(word) {
+            *word |= bit;
+        }
+    }
+
+    pub(super) fn lose_database(&mut self, spc_oid: Oid, db_oid: Oid) {
+        self.gone.insert((spc_oid, db_oid));
+    }
+}
+
+/// The same of the stretch that is being read, for all who read it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Newer(Arc<RwLock<Stretch>>);
+
+#[derive(Debug, Default)]
+pub(super) struct Stretch {
+    /// How many stretches lie behind it.
+    number: usize,
+    made_anew: MadeAnew,
+}
+
+impl Stretch {
+    /// Whether nothing that was done to a page before matters to this stretch.
+    pub(super) fn makes_anew(&self, tag: PageTag) -> bool {
+        self.made_anew.contains(tag)
+    }
+
+    /// Which stretch it is, counted from the log's end.
+    pub(super) const fn stretch(&self) -> usize {
+        self.number
+    }
+
+    pub(super) const fn made_anew_mut(&mut self) -> &mut MadeAnew {
+        &mut self.made_anew
+    }
+}
+
+impl Newer {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Stretch> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Stretch> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the stretch: what lies before it begins anew. What it made anew.
+    pub(super) fn begin_stretch(&self) -> MadeAnew {
+        let mut newer = self.write();
+        newer.number = newer.number.saturating_add(1);
+        std::mem::take(&mut newer.made_anew)
+    }
+}
