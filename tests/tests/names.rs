@@ -390,6 +390,16 @@ fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
     site.sql("postgres", "alter database copied set tablespace elsewhere");
     site.sql("copied", "create table moved as select 1 as x");
     let (moved, _) = site.does("copied", "drop table moved");
+    // A table that goes to another tablespace gets another file, too, and keeps its rows.
+    for table in ["placed", "cut_there", "cut_apart", "cut_first"] {
+        site.sql("postgres", &format!("create table {table} as select i from generate_series(1, 10) i"));
+    }
+    let to = |table: &str| format!("alter table {table} set tablespace elsewhere");
+    site.sql("postgres", &to("placed"));
+    let (cut_there, _) = site.does("postgres", &format!("{}; truncate cut_there", to("cut_there")));
+    let apart = format!("{}; savepoint a; truncate cut_apart; release a", to("cut_apart"));
+    let (cut_apart, _) = site.does("postgres", &apart);
+    let (cut_first, _) = site.does("postgres", &format!("truncate cut_first; {}", to("cut_first")));
     site.cluster.archive_all();
 
     let drop = |name: &str| ["--before-drop".to_owned(), name.to_owned()];
@@ -413,6 +423,12 @@ fn names_are_followed_where_catalogues_move_and_databases_are_copied() {
     assert!(told.contains("end it with ROLLBACK PREPARED 'it''s gone'"), "{told}");
     assert!(told.contains("target    before postgres.public.precious was dropped by transaction"), "{told}");
     site.assert_moment(&["--before-truncate", "precious"], "postgres.public.precious", emptied);
+    for (table, xid) in [("cut_there", cut_there), ("cut_apart", cut_apart), ("cut_first", cut_first)] {
+        site.assert_moment(&["--before-truncate", table], &format!("postgres.public.{table}"), xid);
+    }
+    let placed = ["restore", "--data-dir", "/nonexistent/dir", "--before-truncate", "placed"];
+    let placed = site.waltide.fails(1, placed).stderr;
+    assert!(placed.contains("does not say that a table placed was truncated"), "{placed}");
 
     site.sql("postgres", &Site::pad(32));
     site.cluster.archive_all();

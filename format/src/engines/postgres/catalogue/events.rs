@@ -146,7 +146,8 @@ impl Names {
     /// Whether one of the new files that a transaction gave a table came without a rewrite, or was cut to nothing.
     ///
     /// A rewrite fills the new file as a table of its own, `pg_temp_<oid>`, and then swaps: both had both files. What
-    /// cannot be reached from the old file by such swaps came by TRUNCATE, in whatever order all that happened.
+    /// cannot be reached by such swaps from the old file, nor from one that the table had when it came to another
+    /// tablespace, came by TRUNCATE, in whatever order all that happened.
     fn was_truncated(
         &self,
         database: Oid,
@@ -161,19 +162,33 @@ impl Names {
         let made_here = |span: &&Span<ClassRow>| !span.was_seen() && span.begin() == commit.start;
         let spans = self.relations.get(&(database, oid)).into_iter().flatten();
         let rows = spans.filter(made_here).chain([after]).map(|span| &span.row);
-        // One that went to another tablespace was copied there.
-        let rows: Vec<_> = rows.filter(|row| row.tablespace == before.row.tablespace).collect();
-        let files: BTreeSet<Oid> = rows.iter().map(|row| row.file).collect();
-        if files.iter().any(|file| self.cut.contains(&(commit.start, database, *file))) {
+        // Files' numbers rise, until they begin anew; rows need not be known in the order they were written.
+        let since = |file: Oid| file.wrapping_sub(before.row.file);
+        let files: BTreeSet<_> = rows.map(|row| (since(row.file), row.file, row.tablespace)).collect();
+        if files.iter().any(|(_, file, _)| self.cut.contains(&(commit.start, database, *file))) {
             return true;
         }
-        let mut reached = BTreeSet::from([before.row.file]);
-        let mut left: Vec<Oid> = vec![before.row.file];
+        let mut place = before.row.tablespace;
+        let mut reached = BTreeSet::new();
+        self.reach(database, oid, before.row.file, commit, &mut reached);
+        files.into_iter().any(|(_, file, tablespace)| {
+            // One that went to another tablespace was copied there.
+            if tablespace != place {
+                place = tablespace;
+                self.reach(database, oid, file, commit, &mut reached);
+            }
+            !reached.contains(&file)
+        })
+    }
+
+    /// Adds a file, and all that rewrites of the table swapped it for.
+    fn reach(&self, database: Oid, oid: Oid, file: Oid, commit: &Commit, reached: &mut BTreeSet<Oid>) {
+        let mut left = vec![file];
         while let Some(file) = left.pop() {
-            let swapped = self.swapped(database, oid, file, commit);
-            left.extend(swapped.into_iter().filter(|file| reached.insert(*file)));
+            if reached.insert(file) {
+                left.extend(self.swapped(database, oid, file, commit));
+            }
         }
-        files.iter().any(|file| !reached.contains(file))
     }
 
     /// The files that a rewrite of the table swapped for this one, or this one for.

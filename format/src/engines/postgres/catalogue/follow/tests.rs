@@ -13,6 +13,7 @@ use crate::reader::Writer;
 use crate::time::TimestampTz;
 
 const SPACE: Oid = 1663;
+const OTHER_SPACE: Oid = 4711;
 const DATABASE: Oid = 5;
 const SCHEMA: Oid = 2200;
 /// As many rows as a page has room for.
@@ -34,7 +35,7 @@ fn class_body(table: &Table, rewrites: Oid) -> Vec<u8> {
     let mut w = Writer::new();
     w.u32(table.oid);
     put_name(&mut w, &table.name);
-    w.u32(SCHEMA).bytes(&[0; 16]).u32(table.file).u32(0).bytes(&[0; 12]).u32(0).u8(0).u8(0);
+    w.u32(SCHEMA).bytes(&[0; 16]).u32(table.file).u32(table.tablespace).bytes(&[0; 12]).u32(0).u8(0).u8(0);
     w.u8(b'p').u8(b'r').bytes(&[0; 12]).u32(rewrites).bytes(&[0; 8]);
     w.into_bytes()
 }
@@ -60,6 +61,7 @@ struct Table {
     oid: Oid,
     name: String,
     file: Oid,
+    tablespace: Oid,
 }
 
 /// What a transaction does to one table.
@@ -69,6 +71,8 @@ enum Act {
     Rename(Index),
     Truncate(Index),
     Rewrite(Index),
+    /// To another tablespace, or back.
+    Move(Index),
     Drop(Index),
 }
 
@@ -78,6 +82,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => any::<Index>().prop_map(Act::Rename),
         1 => any::<Index>().prop_map(Act::Truncate),
         1 => any::<Index>().prop_map(Act::Rewrite),
+        1 => any::<Index>().prop_map(Act::Move),
         1 => any::<Index>().prop_map(Act::Drop),
     ]
 }
@@ -181,11 +186,15 @@ fn live(transactions: &[(Vec<Act>, bool)]) -> Lived {
             match act {
                 Act::Create => {
                     let oid = world.fresh();
-                    let table = Table { oid, name: format!("t{oid}"), file: world.fresh() };
+                    let table = Table { oid, name: format!("t{oid}"), file: world.fresh(), tablespace: 0 };
                     let at = world.insert(xid, class_body(&table, 0));
                     tables.push((table, at));
                 }
-                Act::Rename(index) | Act::Truncate(index) | Act::Rewrite(index) | Act::Drop(index) => {
+                Act::Rename(index)
+                | Act::Truncate(index)
+                | Act::Rewrite(index)
+                | Act::Move(index)
+                | Act::Drop(index) => {
                     let Some(i) = pick(index) else { continue };
                     let (mut table, at) = tables[i].clone();
                     match act {
@@ -199,11 +208,15 @@ fn live(transactions: &[(Vec<Act>, bool)]) -> Lived {
                             table.file = world.fresh();
                             emptied.push(table.oid);
                         }
+                        Act::Move(_) => {
+                            table.file = world.fresh();
+                            table.tablespace = if table.tablespace == 0 { OTHER_SPACE } else { 0 };
+                        }
                         _ => {
                             // A table of its own gets the new file first, then the two change files.
                             let oid = world.fresh();
-                            let mut other =
-                                Table { oid, name: format!("pg_temp_{}", table.oid), file: world.fresh() };
+                            let (name, file) = (format!("pg_temp_{}", table.oid), world.fresh());
+                            let mut other = Table { oid, name, file, tablespace: table.tablespace };
                             let other_at = world.insert(xid, class_body(&other, table.oid));
                             std::mem::swap(&mut table.file, &mut other.file);
                             let at = world.update(xid, at, class_body(&table, 0));
