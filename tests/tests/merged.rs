@@ -91,6 +91,57 @@ async fn every_step_is_made_once_and_says_what_the_segments_say() {
 }
 
 #[tokio::test]
+async fn the_last_step_is_the_same_whatever_is_left_of_those_below_it() {
+    // 4096 to 8191 are one step of 4096. A row of pg_class goes in one step of 16, and its transaction commits in another.
+    let (writes, ends) = (4_100, 4_200);
+    let sample = of_segments(4_090..writes).await;
+    let mut previous = ((writes - 1) * SIZE + SECOND, None);
+    previous = sample.put_changing_segment(writes, previous, 700 + writes as u32, 700 + ends as u32).await;
+    for number in writes + 1..8_195 {
+        previous = sample.put_segment(1, 1, number, previous, 700 + number as u32, None).await;
+    }
+    let made = index(&sample).await;
+    let steps = |made: &Indexed, of: u64| made.made.iter().filter(|m| m.segments == of).count();
+    assert_eq!([16, 256, 4096].map(|of| steps(&made, of)), [256, 16, 1], "{:?}", made.skipped);
+    let whole = stored(&sample).await;
+    let find = |part: &str| whole.iter().find(|(path, _)| path.contains(part)).unwrap().clone();
+    let (last, bytes) = find("/4096/");
+    let object = MergedObject::decode(&bytes).unwrap();
+    let names = object.index.names.as_ref().unwrap();
+    assert_eq!((object.index.segments.len(), names.changes.len(), names.ends.len()), (4096, 1, 0));
+
+    // Few objects tell the catalogue and a transaction: of 4105 segments those before and behind it.
+    tick().await;
+    let faults = Faults::none();
+    let counted = sample.archive.with_faults(faults.clone());
+    let told = load(&counted, &sample.layout, None, Known::Merged, 2).await.unwrap();
+    assert_eq!(told.segments.len(), 4105);
+    assert!(faults.calls() <= 5 + 6 + 3 + 4, "{} calls", faults.calls());
+    assert_eq!(told, seen(&sample, Known::Nothing).await);
+    sample.put_backup(4_091, 4_091).await;
+    assert_found(&sample, &[(700 + ends as u32, true), (9_999, false)], 24).await;
+
+    // Out of objects of 256, of 16, and out of the segments themselves, where the others are damaged.
+    let spoil = |path: String| {
+        let sample = &sample;
+        async move {
+            let good = sample.archive.get(&path, 1 << 30).await.unwrap();
+            sample.replace(&path, good[..good.len() - 9].to_vec()).await;
+        }
+    };
+    let of_256 = whole.iter().filter(|(path, _)| path.contains("/256/")).map(|(path, _)| path.clone());
+    let of_256: Vec<_> = of_256.collect();
+    spoil(of_256[0].clone()).await;
+    spoil(of_256[7].clone()).await;
+    spoil(find("/16/").0).await;
+    sample.archive.delete(&last).await.unwrap();
+    let again = index(&sample).await;
+    assert_eq!((again.made.len(), &again.made[0].path), (1, &last), "{again:?}");
+    let found = stored(&sample).await.into_iter().find(|(path, _)| *path == last).unwrap().1;
+    assert!(found == bytes, "another object was made of the same segments");
+}
+
+#[tokio::test]
 async fn the_catalogue_is_the_same_with_merged_indexes_and_reads_few_objects() {
     let sample = of_segments(250..520).await;
     let plain = seen(&sample, Known::Nothing).await;

@@ -3,6 +3,7 @@
 //! Objects appear whole or not at all and are never replaced, so several builders at once, and builders that are killed,
 //! do no harm: at worst the same is made twice, and one of the two is kept.
 
+use futures_util::future::BoxFuture;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use waltide_format::Corrupt;
@@ -168,7 +169,7 @@ impl Merging<'_> {
         name: MergedName,
         listed: &[ListedIndex],
     ) -> Result<Done, MergeError> {
-        let index = match self.index(group, listed).await? {
+        let index = match self.of_step(&group.entries, group.name.step, listed).await? {
             Ok(index) => index,
             Err(in_the_way) => return Ok(Done::Skipped(in_the_way)),
         };
@@ -185,28 +186,32 @@ impl Merging<'_> {
         })
     }
 
-    /// What a group's segments say together: out of the step below where that is there and good, else out of the segments.
-    async fn index(
-        &self,
-        group: &MergeGroup<'_>,
-        listed: &[ListedIndex],
-    ) -> Result<Result<MergedIndex, InTheWay>, MergeError> {
-        let below = MERGE_STEPS.into_iter().take_while(|step| *step < group.name.step).last();
-        let Some(below) = below.and_then(|step| usize::try_from(step).ok()) else {
-            return self.of_segments(&group.entries).await;
-        };
-        let mut parts = Vec::new();
-        for entries in group.entries.chunks(below) {
-            let part = match self.part(entries, listed).await? {
-                Some(part) => part,
-                None => match self.of_segments(entries).await? {
-                    Ok(part) => part,
-                    Err(in_the_way) => return Ok(Err(in_the_way)),
-                },
+    /// What segments of a step say together: out of the steps below as far as they are there and good, else out of the
+    /// segments. The same comes out either way: of each sixteen those ends are kept that concern names there.
+    fn of_step<'s>(
+        &'s self,
+        entries: &'s [&'s SegmentEntry],
+        step: u64,
+        listed: &'s [ListedIndex],
+    ) -> BoxFuture<'s, Result<Result<MergedIndex, InTheWay>, MergeError>> {
+        Box::pin(async move {
+            let below = MERGE_STEPS.into_iter().take_while(|below| *below < step).last();
+            let Some((below, count)) = below.and_then(|b| Some((b, usize::try_from(b).ok()?))) else {
+                return self.of_segments(entries).await;
             };
-            parts.push(part.reduced());
-        }
-        Ok(merged(parts, &group.entries).await)
+            let mut parts = Vec::new();
+            for entries in entries.chunks(count) {
+                let part = match self.part(entries, listed).await? {
+                    Some(part) => part,
+                    None => match self.of_step(entries, below, listed).await? {
+                        Ok(part) => part,
+                        Err(in_the_way) => return Ok(Err(in_the_way)),
+                    },
+                };
+                parts.push(part.reduced());
+            }
+            Ok(merged(parts, entries).await)
+        })
     }
 
     /// The object of the step below that covers `entries`, if it is good.

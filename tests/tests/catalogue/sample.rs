@@ -48,7 +48,12 @@ pub(crate) fn segment_name(timeline: u32, number: u64) -> SegmentName {
 
 /// A record without blocks.
 fn record(rmid: u8, info: u8, xid: u32, prev: u64, main: &[u8]) -> Vec<u8> {
-    let mut data = Vec::new();
+    record_of(rmid, info, xid, prev, Vec::new(), main)
+}
+
+/// The same of blocks, by their headers.
+fn record_of(rmid: u8, info: u8, xid: u32, prev: u64, blocks: Vec<u8>, main: &[u8]) -> Vec<u8> {
+    let mut data = blocks;
     if !main.is_empty() {
         data.extend([255, main.len() as u8]);
         data.extend(main);
@@ -78,6 +83,25 @@ fn segment(first_page_timeline: u32, number: u64, prev: u64, xid: u32) -> (Vec<u
     w.bytes(&record(1, 0, xid, prev, &hour(number).postgres_micros().to_le_bytes()));
     let switch = start + w.len() as u64;
     w.bytes(&record(0, 0x40, 0, start + 40, &[]));
+    let mut wal = w.into_bytes();
+    wal.resize(SIZE as usize, 0);
+    (wal, switch)
+}
+
+/// The same with a row of pg_class deleted before the switch, by a transaction that does not end here.
+fn changing_segment(number: u64, prev: u64, xid: u32, deletes: u32) -> (Vec<u8>, u64) {
+    let start = number * SIZE;
+    let mut w = first_page(1, number);
+    w.bytes(&record(1, 0, xid, prev, &hour(number).postgres_micros().to_le_bytes()));
+    let second = start + w.len() as u64;
+    let mut block = Writer::new();
+    // The first block that it names, without data: of pg_class in database 5, block 0.
+    block.u8(0).u8(0).u16(0).u32(1663).u32(5).u32(1259).u32(0);
+    let mut delete = Writer::new();
+    delete.u32(deletes).u16(1).u16(0);
+    w.bytes(&record_of(10, 0x10, deletes, start + 40, block.into_bytes(), delete.as_bytes()));
+    let switch = start + w.len() as u64;
+    w.bytes(&record(0, 0x40, 0, second, &[]));
     let mut wal = w.into_bytes();
     wal.resize(SIZE as usize, 0);
     (wal, switch)
@@ -212,8 +236,29 @@ impl Sample {
         xid: u32,
         history: Option<&History>,
     ) -> (u64, Option<(SegmentName, PreviousTail)>) {
-        let name = segment_name(timeline, number);
-        let (wal, last) = segment(first_page_timeline, number, previous.0, xid);
+        let wal = segment(first_page_timeline, number, previous.0, xid);
+        self.put_wal(segment_name(timeline, number), wal, previous, history).await
+    }
+
+    /// The same in which another transaction deletes a row of pg_class, on timeline 1.
+    pub(crate) async fn put_changing_segment(
+        &self,
+        number: u64,
+        previous: (u64, Option<(SegmentName, PreviousTail)>),
+        xid: u32,
+        deletes: u32,
+    ) -> (u64, Option<(SegmentName, PreviousTail)>) {
+        let wal = changing_segment(number, previous.0, xid, deletes);
+        self.put_wal(segment_name(1, number), wal, previous, None).await
+    }
+
+    async fn put_wal(
+        &self,
+        name: SegmentName,
+        (wal, last): (Vec<u8>, u64),
+        previous: (u64, Option<(SegmentName, PreviousTail)>),
+        history: Option<&History>,
+    ) -> (u64, Option<(SegmentName, PreviousTail)>) {
         let previous = previous.1.map(|(name, tail)| Previous { name, log: PreviousLog::Tail(tail) });
         let context = ScanContext { previous, history, ..ScanContext::new(name, size()) };
         let scan = scan_segment(&wal, &context).unwrap();

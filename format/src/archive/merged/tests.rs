@@ -230,6 +230,59 @@ fn some_records() -> Vec<Rec> {
 }
 
 #[test]
+fn the_last_step_made_of_the_steps_below_says_what_its_segments_say() {
+    let [first_step, .., last_step] = MERGE_STEPS;
+    let gap = SIZE / 3;
+    let record = |n: u64| Rec {
+        start: FIRST * SIZE + n * gap,
+        // Every third runs over an edge.
+        end: FIRST * SIZE + n * gap + gap * 9 / 10,
+        rel: (n % 5 + 7 * u64::from(n.is_multiple_of(1000))) as u32,
+        block: (n / 40 % 3000) as u32,
+        image: n.is_multiple_of(4),
+        ends: n.is_multiple_of(7),
+        drops: n.is_multiple_of(49),
+    };
+    let records: Vec<_> = (0..last_step * 3).map(record).collect();
+    // Of each segment only what lies near it.
+    let near = |n: u64| {
+        let place = usize::try_from((n - FIRST) * 3).unwrap();
+        part(&records[place.saturating_sub(2)..(place + 4).min(records.len())], n)
+    };
+    let all = || (FIRST..FIRST + last_step).map(near);
+    // As objects, read back at each step.
+    let mut parts: Vec<MergedIndex> = all().collect();
+    let mut sizes = Vec::new();
+    while parts.len() > 1 {
+        let merge = |chunk: &[MergedIndex]| {
+            let is_first = chunk[0].segments.len() == 1;
+            let parts = chunk.iter().cloned().map(|part| if is_first { part } else { part.reduced() });
+            let merged = MergedIndex::merge(parts).unwrap();
+            let bytes = sealed(if is_first { merged.narrowed() } else { merged }).encode();
+            MergedObject::decode(&bytes).unwrap().index
+        };
+        parts = parts.chunks(first_step as usize).map(merge).collect();
+        sizes.push(parts.len() as u64);
+    }
+    assert_eq!(sizes, MERGE_STEPS.map(|step| last_step / step));
+    let last = parts.remove(0);
+    assert_eq!(last, MergedIndex::merge(all()).unwrap().reduced());
+    assert_eq!((last.segments.len() as u64, last.is_reduced), (last_step, true));
+    // Which segments touch a relation, and which drop one, is still told one by one.
+    let touching = |rel: u32| {
+        let runs = last.relations.iter().find(|r| r.relation == relation(rel)).map(|r| &r.segments);
+        runs.into_iter().flatten().flat_map(|(first, count)| *first..first + count).collect::<Vec<_>>()
+    };
+    for rel in 0..12 {
+        let touches =
+            |n: &u32| near(FIRST + u64::from(*n)).relations.iter().any(|r| r.relation == relation(rel));
+        assert_eq!(touching(rel), (0..last_step as u32).filter(touches).collect::<Vec<_>>(), "{rel}");
+    }
+    let dropping = records.iter().filter(|r| r.ends && r.drops).map(|r| Lsn::from(r.start));
+    assert_eq!(last.drops.iter().map(|x| x.start).collect::<Vec<_>>(), dropping.collect::<Vec<_>>());
+}
+
+#[test]
 fn every_flipped_byte_and_every_truncation_is_refused() {
     let object = sealed(merged(&some_records(), FIRST..FIRST + 3)).encode();
     assert!(MergedObject::decode(&object).is_ok());
