@@ -11,7 +11,7 @@ mod signs;
 mod transaction;
 mod windows;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{ControlFlow, Range};
 
 use futures_util::StreamExt as _;
@@ -132,9 +132,15 @@ struct Horizons<'s> {
     steps: &'s [Step<'s>],
     /// Nothing of one that is damaged.
     known: BTreeMap<usize, Option<SegmentIndex>>,
+    /// Where those begin of which merged indexes were asked.
+    asked: BTreeSet<usize>,
 }
 
-impl Horizons<'_> {
+impl<'s> Horizons<'s> {
+    const fn new(steps: &'s [Step<'s>]) -> Self {
+        Self { steps, known: BTreeMap::new(), asked: BTreeSet::new() }
+    }
+
     /// This segment and those around it that one merged index of a step would tell of.
     fn together(&self, nth: usize, of_step: u64) -> Range<usize> {
         let group = |place: usize| {
@@ -222,7 +228,7 @@ impl<S: Tellings> Log<'_, S> {
         names: &mut impl Names,
     ) -> Result<Vec<Range<usize>>, S::Error> {
         let mut windows = Windows::default();
-        let mut horizons = Horizons { steps, known: BTreeMap::new() };
+        let mut horizons = Horizons::new(steps);
         let may_end = self.may_end(&mut horizons, names).await?;
         for (nth, _) in may_end.into_iter().enumerate().filter(|(_, may)| *may) {
             let from = match windows.continues(nth) {
@@ -247,7 +253,8 @@ impl<S: Tellings> Log<'_, S> {
         let all = || if filter.is_narrow() { in_time.clone() } else { vec![true; steps.len()] };
         let places = in_time.iter().enumerate().filter(|(_, may)| **may).map(|(nth, _)| nth);
         let (Some(first), Some(last)) = (places.clone().min(), places.max()) else { return Ok(all()) };
-        let criteria = self.criteria(steps, names).await?;
+        // Names are followed as far as they would be without this.
+        let criteria = self.criteria(steps.get(..=last).unwrap_or_default(), names).await?;
         if criteria.is_empty() {
             return Ok(all());
         }
@@ -266,7 +273,7 @@ impl<S: Tellings> Log<'_, S> {
         // Some at a time, so that memory does not grow with the archive.
         let mut next = 0usize;
         while next < steps.len() {
-            let together = next..Horizons { steps, known: BTreeMap::new() }.together(next, LAST_STEP).end;
+            let together = next..Horizons::new(steps).together(next, LAST_STEP).end;
             next = together.end;
             if !together.clone().any(wanted) {
                 continue;
@@ -432,10 +439,12 @@ impl<S: Tellings> Log<'_, S> {
     ) -> Result<Option<&'h SegmentIndex>, S::Error> {
         if !horizons.known.contains_key(&nth) {
             let together = horizons.together(nth, FIRST_STEP);
-            let steps: Vec<_> = horizons.steps.get(together.clone()).unwrap_or_default().iter().collect();
-            for (place, index) in together.zip(self.source.horizons(&steps).await?) {
-                if let Some(index) = index {
-                    horizons.known.insert(place, Some(index));
+            if horizons.asked.insert(together.start) {
+                let steps: Vec<_> = horizons.steps.get(together.clone()).unwrap_or_default().iter().collect();
+                for (place, index) in together.zip(self.source.horizons(&steps).await?) {
+                    if let Some(index) = index {
+                        horizons.known.insert(place, Some(index));
+                    }
                 }
             }
         }

@@ -72,10 +72,10 @@ impl Tellings for ArchivedIndexes {
             let place = known.get_mut(cover.steps).unwrap_or_default();
             for ((known, segment), nth) in place.iter_mut().zip(&cover.segments).zip(cover.offset..) {
                 let info = &segment.info;
-                let here = |start: Lsn| is_indexed(start, info, before, cover.from_first);
+                let place = Place { info, before, from_first: cover.from_first };
                 let mut index = SegmentIndex::new(info.clone());
-                index.xacts = ends.iter().filter(|x| here(x.start)).cloned().collect();
-                index.file_events = events.iter().filter(|e| here(e.start)).cloned().collect();
+                index.xacts = place.indexed(ends, |x| x.start);
+                index.file_events = place.indexed(events, |e| e.start);
                 let touches = |r: &&RelationSegments| r.segments.iter().any(|run| is_in_run(*run, nth));
                 index.blocks = touched.iter().filter(touches).map(|r| without_blocks(r.relation)).collect();
                 let may_end = question.xid.is_some_and(|xid| segment.may_end(xid));
@@ -93,12 +93,11 @@ impl Tellings for ArchivedIndexes {
             let place = known.get_mut(cover.steps).unwrap_or_default();
             for (known, segment) in place.iter_mut().zip(&cover.segments) {
                 let info = &segment.info;
-                let here = |start: Lsn| is_indexed(start, info, before, cover.from_first);
+                let place = Place { info, before, from_first: cover.from_first };
                 let mut index = SegmentIndex::new(info.clone());
-                let all = &cover.told;
-                index.running_xacts = all.running_xacts.iter().filter(|r| here(r.start)).cloned().collect();
-                index.checkpoints = all.checkpoints.iter().filter(|c| here(c.start)).cloned().collect();
-                index.file_events = all.file_events.iter().filter(|e| here(e.start)).cloned().collect();
+                index.running_xacts = place.indexed(&cover.told.running_xacts, |r| r.start);
+                index.checkpoints = place.indexed(&cover.told.checkpoints, |c| c.start);
+                index.file_events = place.indexed(&cover.told.file_events, |e| e.start);
                 *known = Some(index);
                 before = Some(info);
             }
@@ -120,18 +119,44 @@ const fn without_blocks(relation: RelFileLocator) -> ForkBlocks {
     ForkBlocks { relation, fork: ForkNumber::Main, blocks: Vec::new() }
 }
 
-/// Whether the record that starts there is in a segment's own index. `before` is the segment before it, where that is
-/// covered too; where the segment is the object's first, what starts earlier runs over its edge.
-fn is_indexed(start: Lsn, info: &SegmentInfo, before: Option<&SegmentInfo>, from_first: bool) -> bool {
-    let (Some(begin), Some(end)) = (info.name.start(info.size), info.name.end(info.size)) else {
-        return false;
-    };
-    if begin <= start {
-        return start < end && info.pending.is_none_or(|p| p.start != start || p.joined);
+/// A segment among those of a merged index.
+#[derive(Debug, Clone, Copy)]
+struct Place<'a> {
+    info: &'a SegmentInfo,
+    /// The segment before it, where that is covered too.
+    before: Option<&'a SegmentInfo>,
+    /// Whether it, or the first of those that are covered, is the object's first: what starts earlier runs over its edge.
+    from_first: bool,
+}
+
+impl Place<'_> {
+    /// Those of a merged index's records, in the order of their starts, that are in the segment's own index.
+    fn indexed<T: Clone>(&self, all: &[T], start: impl Fn(&T) -> Lsn) -> Vec<T> {
+        let (Some(begin), Some(end)) =
+            (self.info.name.start(self.info.size), self.info.name.end(self.info.size))
+        else {
+            return Vec::new();
+        };
+        let first_from = |at: Lsn| all.partition_point(|item| start(item) < at);
+        let from = match self.before {
+            Some(before) => first_from(before.pending.map_or(begin, |p| p.start)),
+            None if self.from_first => 0,
+            None => first_from(begin),
+        };
+        let near = all.get(from..first_from(end)).unwrap_or_default();
+        near.iter().filter(|item| self.is_indexed(start(item), begin, end)).cloned().collect()
     }
-    let runs_over = match before {
-        Some(before) => before.pending.is_some_and(|p| p.start == start),
-        None => from_first,
-    };
-    info.head_joined && runs_over
+
+    /// Whether the record that starts there is in the index of the segment from `begin` to `end`.
+    fn is_indexed(&self, start: Lsn, begin: Lsn, end: Lsn) -> bool {
+        let info = self.info;
+        if begin <= start {
+            return start < end && info.pending.is_none_or(|p| p.start != start || p.joined);
+        }
+        let runs_over = match self.before {
+            Some(before) => before.pending.is_some_and(|p| p.start == start),
+            None => self.from_first,
+        };
+        info.head_joined && runs_over
+    }
 }
