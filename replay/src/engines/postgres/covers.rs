@@ -79,7 +79,7 @@ impl Covers<'_> {
             let (chosen, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|(name, _)| {
                 let chosen = worth_it(name, &left);
                 if chosen {
-                    left.retain(|segment, _| !(name.first..=name.last).contains(segment));
+                    take(&mut left, name);
                 }
                 chosen
             });
@@ -107,7 +107,7 @@ impl Covers<'_> {
         let mut open = self.numbers();
         let all = open.len();
         for (name, _) in self.listed(&open).await? {
-            open.retain(|segment, _| !(name.first..=name.last).contains(segment));
+            take(&mut open, &name);
         }
         Ok(all.saturating_sub(open.len()))
     }
@@ -210,6 +210,14 @@ impl Covers<'_> {
             to_last: last.saturating_add(1) == segments.len(),
             told,
         })
+    }
+}
+
+/// Takes the segments out that an object covers.
+fn take(open: &mut BTreeMap<SegmentName, usize>, name: &MergedName) {
+    let covered: Vec<_> = open.range(name.first..=name.last).map(|(segment, _)| *segment).collect();
+    for segment in covered {
+        open.remove(&segment);
     }
 }
 

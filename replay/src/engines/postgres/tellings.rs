@@ -160,3 +160,51 @@ impl Place<'_> {
         info.head_joined && runs_over
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{info, segment_name};
+    use proptest::prelude::*;
+    use waltide_format::archive::{Ending, PendingRecord};
+
+    const MIB: u64 = 1 << 20;
+
+    proptest! {
+        #[test]
+        fn a_segments_part_of_a_list_is_what_its_own_index_would_have(
+            starts in proptest::collection::btree_set(3 * MIB..7 * MIB, 0..40),
+            joins in proptest::collection::vec(any::<(bool, bool, bool)>(), 4),
+            from_first: bool,
+        ) {
+            let starts: Vec<Lsn> = starts.into_iter().map(Lsn::from).collect();
+            // Of each segment the last record may run over the edge, and be joined on either side.
+            let mut infos: Vec<SegmentInfo> = (3..7).map(|n| info(7, segment_name(n), Ending::Full)).collect();
+            for (n, (over, joined, head_joined)) in joins.into_iter().enumerate() {
+                let (begin, end) = (Lsn::from((3 + n as u64) * MIB), Lsn::from((4 + n as u64) * MIB));
+                let last = starts.iter().rfind(|s| begin <= **s && **s < end).filter(|_| over);
+                infos[n].pending = last.map(|start| PendingRecord { start: *start, total_bytes: 9, here_bytes: 1, joined });
+                if let Some(next) = infos.get_mut(n + 1) {
+                    next.head_joined = head_joined;
+                }
+            }
+            infos[0].head_joined = from_first;
+            for (n, info) in infos.iter().enumerate() {
+                let before = n.checked_sub(1).map(|n| &infos[n]);
+                let (begin, end) = (Lsn::from((3 + n as u64) * MIB), Lsn::from((4 + n as u64) * MIB));
+                let own = |start: &Lsn| match info.pending.filter(|p| p.start == *start) {
+                    Some(pending) => pending.joined,
+                    None => begin <= *start && *start < end,
+                };
+                let over = |start: &Lsn| before.is_some_and(|b| b.pending.is_some_and(|p| p.start == *start));
+                let expected = starts.iter().filter(|s| own(s) || info.head_joined && over(s)).copied();
+                let place = Place { info, before, from_first };
+                prop_assert_eq!(place.indexed(&starts, |s| *s), expected.collect::<Vec<_>>());
+            }
+            // What starts before the object's first segment runs over its edge.
+            let all = [vec![Lsn::from(3 * MIB - 8)], starts].concat();
+            let first = Place { info: &infos[0], before: None, from_first };
+            prop_assert_eq!(first.indexed(&all, |s| *s).first() == all.first(), from_first);
+        }
+    }
+}
