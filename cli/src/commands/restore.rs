@@ -8,8 +8,9 @@ use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind
 use waltide_format::engines::postgres::catalogue::TablePattern;
 use waltide_format::{BackupId, Lsn, TimestampTz, Xid};
 use waltide_replay::engines::postgres::{
-    Actions, ArchivedIndexes, MomentError, Outcome, Owner, Replay, ReplayMode, Restore, RestoreError,
-    RestoreOptions, Restored, Server, choose_replay, find_moment, made_tablespaces, restore_command,
+    Actions, ArchivedIndexes, ChosenDatabases, DatabasesError, MomentError, Outcome, Owner, Reads, Replay,
+    ReplayMode, Restore, RestoreError, RestoreOptions, Restored, Server, choose_databases, choose_replay,
+    find_moment, made_tablespaces, restore_command,
 };
 use waltide_replay::{
     Goal, Loss, MomentRequest, Plan, PlanError, Target, TargetAction, TargetTimeline, plan,
@@ -54,15 +55,18 @@ pub(crate) struct Args {
     /// Make it a standby that follows the archive; takes no target
     #[arg(long, conflicts_with = "moment")]
     standby: bool,
+    /// Restore this database, those that initdb makes and what all share; of others nothing is read. Repeatable
+    #[arg(long, value_name = "NAME")]
+    database: Vec<String>,
     /// How the WAL is replayed: native as far as possible, native or not at all, or by PostgreSQL alone
     #[arg(long, value_name = "auto|native|server", default_value = "auto")]
     replay: ReplayMode,
     /// So much of the WAL native replay keeps in memory; the rest goes to a file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
     memory: u64,
-    /// Whether the restored server archives its WAL
-    #[arg(long, value_name = "off|preserve", default_value = "preserve", value_parser = ["off", "preserve"])]
-    archive_mode: String,
+    /// Whether the restored server archives its WAL [default: preserve; off with --database]
+    #[arg(long, value_name = "off|preserve", value_parser = ["off", "preserve"])]
+    archive_mode: Option<String>,
     /// Whose the files will be: a user, or uid:gid; unless given the owner of the directory, or postgres
     #[arg(long, value_name = "USER", value_parser = owner)]
     owner: Option<Owner>,
@@ -214,12 +218,24 @@ struct Answer<'a> {
     dry_run: bool,
     plan: &'a Plan,
     actions: &'a Actions,
+    part: Option<&'a Part>,
     restored: Option<&'a Restored>,
     outcome: Option<&'a Outcome>,
 }
 
+/// What is restored where that is not everything, and what that reads.
+#[derive(Debug, Serialize)]
+struct Part {
+    #[serde(flatten)]
+    databases: ChosenDatabases,
+    reads: Reads,
+}
+
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     args.goal.check()?;
+    if !args.database.is_empty() {
+        check_part(&args)?;
+    }
     let (archive, layout) = (context.archive().await?, context.layout()?);
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.goal.goal(&archive, &layout, &catalog).await?;
@@ -235,8 +251,21 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
     }
     let replay = choose(&archive, &layout, &catalog, &plan, mode, args.memory).await?;
+    let databases = match args.database.is_empty() {
+        true => None,
+        false => {
+            let chosen = choose_databases(&archive, &layout, &catalog, &plan, &args.database).await;
+            Some(chosen.map_err(|e: DatabasesError| {
+                let status = if e.is_damage() { 3 } else { 1 };
+                Failure::from(e).status(status)
+            })?)
+        }
+    };
+    let archive_mode = args.archive_mode.as_deref();
+    // Its WAL would pass for the whole cluster's.
+    let archive_mode = archive_mode.unwrap_or(if databases.is_some() { "off" } else { "preserve" });
     let options = RestoreOptions {
-        selection: None,
+        selection: databases.as_ref().and_then(ChosenDatabases::selection),
         replay,
         data_dir: args.data_dir,
         tablespace_map: args.tablespace_map,
@@ -244,7 +273,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         allow_clear: args.allow_clear || context.env("BACKUP_ALLOW_CLEAR").is_some_and(|v| v == "true"),
         delta: args.delta,
         standby: args.standby,
-        archive_off: args.archive_mode == "off",
+        archive_off: archive_mode == "off",
         owner: args.owner,
         restore_command: own_restore_command(context)?,
         settings: Vec::new(),
@@ -253,16 +282,23 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     };
     let restore = Restore::prepare(&archive, &layout, &plan, options).await.map_err(failed)?;
     let actions = restore.actions();
+    let part = match databases {
+        Some(databases) => Some(Part { databases, reads: restore.reads().map_err(failed)? }),
+        None => None,
+    };
+    let part = part.as_ref();
     let server = match args.start {
         true => Some(Server::find(args.pg_bin.as_deref(), plan.major, actions.owner)?),
         false => None,
     };
     if args.dry_run {
-        let answer = Answer { dry_run: true, plan: &plan, actions, restored: None, outcome: None };
-        return output::answer(context, &answer, || format!("{plan}{actions}nothing was touched"));
+        let answer = Answer { dry_run: true, plan: &plan, actions, part, restored: None, outcome: None };
+        let part = part.map_or(String::new(), |p| format!("{}read      {}\n", p.databases, p.reads));
+        return output::answer(context, &answer, || format!("{plan}{part}{actions}nothing was touched"));
     }
     let progress = context.progress();
-    for note in plan.notes.iter().chain(&actions.notes) {
+    let absent = part.and_then(|p| p.databases.note());
+    for note in plan.notes.iter().chain(&actions.notes).chain(&absent) {
         tracing::warn!("{note}");
     }
     let restored = restore.carry_out(&progress).await.map_err(failed)?;
@@ -275,9 +311,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         outcome = Some(started.await.map_err(|e| Failure::failed("the server could not be watched", e))??);
     }
     drop(progress);
-    let answer =
-        Answer { dry_run: false, plan: &plan, actions, restored: Some(&restored), outcome: outcome.as_ref() };
-    output::answer(context, &answer, || told(&plan, &restored, outcome.as_ref()))?;
+    let (done, outcome) = (Some(&restored), outcome.as_ref());
+    let answer = Answer { dry_run: false, plan: &plan, actions, part, restored: done, outcome };
+    output::answer(context, &answer, || told(&plan, part, &restored, outcome))?;
     match outcome {
         Some(Outcome { as_planned: Some(false), reached_lsn: Some(reached), .. }) => {
             let text = format!("recovery ended at {reached}, planned was {}", plan.stop.lsn);
@@ -285,6 +321,20 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses what does not go with a part of a cluster.
+fn check_part(args: &Args) -> Result<(), Failure> {
+    if args.standby {
+        return Err(Failure::usage(
+            "--database restores a part of the cluster, and a standby follows all of it",
+        ));
+    }
+    if args.delta {
+        let text = "--database leaves the files of other databases empty, and --delta keeps what is there";
+        return Err(Failure::usage(text).hint("restore into an empty place, or with --allow-clear alone"));
+    }
+    Ok(())
 }
 
 /// How to come to the plan's target; a failure where that is to be native and cannot be.
@@ -363,8 +413,12 @@ fn failed(e: RestoreError) -> Failure {
     Failure::from(e).status(status)
 }
 
-fn told(plan: &Plan, restored: &Restored, outcome: Option<&Outcome>) -> String {
+fn told(plan: &Plan, part: Option<&Part>, restored: &Restored, outcome: Option<&Outcome>) -> String {
     let mut text = plan.to_string();
+    if let Some(Part { databases, reads }) = part {
+        let (read, whole) = (output::bytes(restored.read_bytes), output::bytes(reads.whole_bytes));
+        text.push_str(&format!("{databases}read      {read} of the backup's packs; all of it is {whole}\n"));
+    }
     text.push_str(&format!(
         "restored  {} files, {} in {} to {}\n",
         restored.files,

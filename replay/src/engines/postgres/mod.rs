@@ -3,6 +3,7 @@
 mod amcheck;
 mod conf_file;
 mod covers;
+mod databases;
 mod drill;
 mod export;
 mod fetch;
@@ -27,6 +28,7 @@ mod tablespaces;
 mod tellings;
 pub(crate) mod verify;
 
+pub use databases::{ChosenDatabases, DatabaseName, DatabasesError, choose_databases};
 pub use drill::{DrillError, DrillRequest, DrillSource, drill, random_targets};
 pub use export::{
     Export, ExportError, ExportFormat, ExportPlan, ExportRequest, ExportSource, ExportTables, Exported,

@@ -6,15 +6,13 @@ use waltide_format::engines::postgres::catalogue::{FIRST_NORMAL_OID, LARGE_OBJEC
 use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{Oid, RelFileLocator};
 
-/// The relations of one database that are wanted, beside its catalogues and what all databases share.
+/// The relations of some databases that are wanted, beside their catalogues and what all databases share.
 ///
 /// The files of all others are made as long as they would be, and hold nothing: they take no room, and recovery, which
 /// takes a page of zeros for one that is gone, finds every file it looks for at its length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selection {
-    database: Oid,
-    /// It may be a copy of another one, whose files are then wanted as well.
-    is_new: bool,
+    databases: BTreeSet<Oid>,
     files: Files,
 }
 
@@ -26,14 +24,14 @@ enum Files {
 }
 
 impl Selection {
-    /// A whole database; `is_new` where it was made behind the base backup's start.
-    pub const fn database(database: Oid, is_new: bool) -> Self {
-        Self { database, is_new, files: Files::All }
+    /// Whole databases.
+    pub const fn databases(databases: BTreeSet<Oid>) -> Self {
+        Self { databases, files: Files::All }
     }
 
-    /// Files of a database.
-    pub const fn files(database: Oid, is_new: bool, files: BTreeSet<Oid>) -> Self {
-        Self { database, is_new, files: Files::These(files) }
+    /// Files of databases.
+    pub const fn files(databases: BTreeSet<Oid>, files: BTreeSet<Oid>) -> Self {
+        Self { databases, files: Files::These(files) }
     }
 
     /// Adds files, by their numbers.
@@ -43,7 +41,7 @@ impl Selection {
         }
     }
 
-    /// Whether a file of the database is wanted.
+    /// Whether a file of a wanted database is wanted.
     pub fn wants_number(&self, number: Oid) -> bool {
         match &self.files {
             Files::All => true,
@@ -53,10 +51,15 @@ impl Selection {
         }
     }
 
+    /// Whether something of a database is wanted.
+    pub fn wants_database(&self, database: Oid) -> bool {
+        self.databases.contains(&database)
+    }
+
     /// Whether a relation's pages are wanted.
     pub fn wants(&self, relation: RelFileLocator) -> bool {
         relation.db_oid == 0
-            || ((self.is_new || relation.db_oid == self.database) && self.wants_number(relation.rel_number))
+            || (self.databases.contains(&relation.db_oid) && self.wants_number(relation.rel_number))
     }
 
     /// Whether the content of a file of a backup is wanted: of everything that is no relation's it is.
@@ -71,7 +74,7 @@ mod tests {
 
     #[test]
     fn of_other_relations_no_content_is_wanted() {
-        let mut selection = Selection::files(5, false, BTreeSet::from([16500]));
+        let mut selection = Selection::files(BTreeSet::from([5]), BTreeSet::from([16500]));
         selection.add([16510]);
         for path in [
             "PG_VERSION",
@@ -96,8 +99,9 @@ mod tests {
         {
             assert!(!selection.wants_file(path), "{path}");
         }
-        assert!(Selection::database(5, false).wants_file("base/5/2613"));
-        assert!(!Selection::database(5, false).wants_file("base/4/1259"));
-        assert!(Selection::files(5, true, BTreeSet::from([16500])).wants_file("base/4/16500"));
+        let whole = Selection::databases(BTreeSet::from([1, 5]));
+        for (path, wanted) in [("base/5/2613", true), ("base/1/16500", true), ("base/4/1259", false)] {
+            assert_eq!(whole.wants_file(path), wanted, "{path}");
+        }
     }
 }

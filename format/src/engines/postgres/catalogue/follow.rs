@@ -62,6 +62,8 @@ pub struct Follower {
     cut: Vec<(Xid, RelFileLocator)>,
     /// Where the directories of databases went.
     dropped: Vec<(Lsn, Oid)>,
+    /// Databases that were copied file by file into others: from and to.
+    copied: Vec<(Oid, Oid)>,
     /// The transactions whose fate decides what counts.
     xids: HashSet<Xid>,
     unread: u64,
@@ -82,6 +84,7 @@ impl Follower {
             mapped: BTreeMap::new(),
             cut: Vec::new(),
             dropped: Vec::new(),
+            copied: Vec::new(),
             xids: HashSet::new(),
             unread: 0,
         }
@@ -183,7 +186,7 @@ impl Follower {
     /// Decides what counted when, now that it is known who committed.
     pub fn finish(self, fates: &Fates) -> Names {
         let counted = self.versions.into_iter().filter(|v| !v.taken_back);
-        Names::new(self.start, counted, fates, self.mapped, &self.cut, &self.dropped)
+        Names::new(self.start, counted, fates, self.mapped, &self.cut, &self.dropped, self.copied)
     }
 
     fn slot(&self, file: RelFileLocator, at: TupleId) -> Option<&Slot> {
@@ -370,6 +373,9 @@ impl Follower {
     fn copy_database(&mut self, from: (Oid, Oid), to: (Oid, Oid), lsn: Lsn) {
         let place = |file: &RelFileLocator| (file.spc_oid, file.db_oid);
         let moved = |file: &RelFileLocator| RelFileLocator { spc_oid: to.0, db_oid: to.1, ..*file };
+        if from.1 != to.1 {
+            self.copied.push((from.1, to.1));
+        }
         if let Some(map) = self.maps.get(&from).cloned() {
             self.map(to.0, to.1, map);
         }

@@ -81,6 +81,8 @@ pub struct Names {
     pub(super) cut: HashSet<(Lsn, Oid, Oid)>,
     /// Where the files of databases went.
     pub(super) dropped: Vec<(Lsn, Oid)>,
+    /// Databases that were copied file by file into others: from and to.
+    copied: Vec<(Oid, Oid)>,
 }
 
 impl Names {
@@ -91,6 +93,7 @@ impl Names {
         mapped: BTreeMap<(Oid, Oid), Oid>,
         cut: &[(Xid, RelFileLocator)],
         dropped: &[(Lsn, Oid)],
+        copied: Vec<(Oid, Oid)>,
     ) -> Self {
         let mut names = Self {
             start,
@@ -103,6 +106,7 @@ impl Names {
             mapped,
             cut: HashSet::new(),
             dropped: dropped.to_vec(),
+            copied,
         };
         for (xid, file) in cut {
             if let Fate::At(lsn) = fates.of(*xid, Hint::Unknown, Lsn::ZERO) {
@@ -268,6 +272,19 @@ impl Names {
     pub fn databases_named(&self, name: &str) -> BTreeSet<Oid> {
         let is_so = |spans: &Spans<DatabaseRow>| spans.iter().any(|span| span.row.name == name);
         self.databases.iter().filter(|(_, spans)| is_so(spans)).map(|(oid, _)| *oid).collect()
+    }
+
+    /// Databases, and those that they were copied from file by file, directly or not, since the log began: such a copy
+    /// has what lay in the other's files, of which the log says nothing.
+    pub fn with_sources(&self, databases: impl IntoIterator<Item = Oid>) -> BTreeSet<Oid> {
+        let mut found: BTreeSet<Oid> = databases.into_iter().collect();
+        // A copy of a copy comes later.
+        for (from, to) in self.copied.iter().rev() {
+            if found.contains(to) {
+                found.insert(*from);
+            }
+        }
+        found
     }
 
     /// The numbers of all files that mapped catalogues of a database ever lay in.

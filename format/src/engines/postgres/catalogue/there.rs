@@ -39,8 +39,6 @@ pub struct DatabaseThere<'a> {
     pub oid: Oid,
     /// Its name.
     pub name: &'a str,
-    /// Whether it was made behind the base backup's start.
-    pub is_new: bool,
 }
 
 impl Names {
@@ -48,8 +46,7 @@ impl Names {
     pub fn databases_at(&self, at: Lsn) -> impl Iterator<Item = DatabaseThere<'_>> {
         self.databases.iter().filter_map(move |(oid, spans)| {
             let span = spans.iter().rev().find(|span| span.holds_before(at) && !span.row.invalid)?;
-            let is_new = spans.iter().all(|span| span.from.is_some());
-            Some(DatabaseThere { oid: *oid, name: &span.row.name, is_new })
+            Some(DatabaseThere { oid: *oid, name: &span.row.name })
         })
     }
 

@@ -18,8 +18,6 @@ const LISTED_MAX: usize = 8;
 pub(super) struct Found {
     pub(super) database: String,
     database_oid: Oid,
-    /// Whether the database was made behind the base backup's start.
-    is_new: bool,
     /// Whole schemas.
     pub(super) schemas: Vec<String>,
     /// Tables that are named, or lie in the schemas, or in the database where nothing is named.
@@ -35,12 +33,13 @@ impl Found {
 
     /// The files that are wanted, as far as names tell.
     pub(super) fn selection(&self, names: &Names) -> Selection {
+        let databases = names.with_sources([self.database_oid]);
         if self.is_whole {
-            return Selection::database(self.database_oid, self.is_new);
+            return Selection::databases(databases);
         }
         let tables: BTreeSet<Oid> = self.tables.iter().map(|t| t.oid).collect();
         let files = names.files_of(self.database_oid, &tables);
-        Selection::files(self.database_oid, self.is_new, files)
+        Selection::files(databases, files)
     }
 
     /// What is true, in SQL, of pg_class `c` and pg_namespace `n` for what is exported; nothing for a whole database,
@@ -118,7 +117,6 @@ pub(super) fn find(
     Ok(Found {
         database: database.name.to_owned(),
         database_oid: database.oid,
-        is_new: database.is_new,
         schemas: schemas.into_iter().map(|(_, schema)| schema).collect(),
         tables,
         is_whole,

@@ -272,6 +272,13 @@ pub struct Reads {
     pub whole_bytes: u64,
 }
 
+impl fmt::Display for Reads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { files, bytes, whole_files, whole_bytes } = self;
+        write!(f, "{bytes} bytes of the backup for {files} files; of {whole_bytes} for {whole_files}")
+    }
+}
+
 /// A backup's files brought to a checkpoint's redo point, and what makes a cluster of them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BroughtForward {
@@ -382,6 +389,9 @@ impl Restore {
             };
             self.fetcher.fetch(&request).await?;
             place.own(&self.options.data_dir.join(&request.dest))?;
+        }
+        if let Some(selection) = &self.options.selection {
+            blocking(|| place.close_databases(selection))?;
         }
         let (replayed, handed_over) = over.unzip();
         blocking(|| self.write_settings(&place, replayed.as_ref()))?;
@@ -845,6 +855,10 @@ fn actions(
     }
     if options.archive_off {
         settings.insert(0, ("archive_mode".to_owned(), "off".to_owned()));
+    }
+    // Recovery meets pages of what is not restored, and that is no fault.
+    if options.selection.is_some() {
+        settings.insert(0, ("ignore_invalid_pages".to_owned(), "on".to_owned()));
     }
     // Targets stay last.
     for (i, setting) in options.settings.iter().enumerate() {

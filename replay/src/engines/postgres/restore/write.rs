@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use waltide_format::Corrupt;
 use waltide_format::archive::Manifest;
+use waltide_format::{Corrupt, Oid};
 use waltide_storage::Progress;
 
+use super::super::selection::Selection;
 use super::pieces::{Job, Piece, zeros};
 use super::place::{self, Owner, Placed};
 use super::{Actions, CONTROL_FILE, MARKER, RestoreError, STALE, io_error, marker_text};
@@ -214,6 +215,35 @@ impl Place {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Makes a server refuse sessions in the databases that are not wanted, by its first look at one: it would end, with
+    /// all its sessions, at the first catalogue that it finds empty.
+    pub(super) fn close_databases(&self, selection: &Selection) -> Result<(), RestoreError> {
+        let below = |dir: &Path| -> Result<Vec<PathBuf>, RestoreError> {
+            let found = fs::read_dir(dir).map_err(io_error("list", dir))?;
+            let paths = found.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>();
+            let mut paths = paths.map_err(io_error("list", dir))?;
+            paths.retain(|path| path.is_dir());
+            Ok(paths)
+        };
+        let mut databases = below(&self.path("base"))?;
+        for space in below(&self.path("pg_tblspc"))? {
+            for version in below(&space)? {
+                databases.extend(below(&version)?);
+            }
+        }
+        let number = |path: &Path| path.file_name()?.to_str()?.parse::<Oid>().ok();
+        for path in databases {
+            if number(&path).is_some_and(|database| !selection.wants_database(database)) {
+                let version = path.join("PG_VERSION");
+                match fs::OpenOptions::new().write(true).truncate(true).open(&version) {
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    opened => opened.map(drop).map_err(io_error("write", &version))?,
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Throws away what a restore wrote, but for the mark that there is one.
