@@ -18,7 +18,7 @@ use waltide_format::engines::postgres::wal::{Damage, Expected, Next, RecordStrea
 use waltide_format::{Corrupt, Lsn, Reader, SegmentName, SystemId, WalFileName};
 use waltide_storage::{Archive, ArchiveUrl, Bytes, StorageError};
 
-use super::queue::{Queue, ReadAhead, Wanted, remove_unfinished};
+use super::queue::{Filled, Queue, ReadAhead, Wanted, remove_unfinished};
 
 /// The largest segment, stored as it is, and its index.
 pub(crate) const SEGMENT_OBJECT_BYTES_MAX: u64 = (1 << 30) + (256 << 20);
@@ -184,14 +184,17 @@ impl Fetcher {
         let queue = self.queue(request, system);
         let WalFileName::Segment(name) = request.name else {
             // Recovery asks for history files where it begins and where it ends.
-            if let (WalFileName::History(_), Some(queue)) = (request.name, &queue) {
-                queue.clear();
+            if let (WalFileName::History(timeline), Some(queue)) = (request.name, &queue) {
+                queue.history_asked(timeline);
             }
             let contents = self.other_file(&layout, system, request.name).await?;
             write(&dest, &contents, contents.len() as u64)?;
             return Ok(Fetched { bytes: contents.len() as u64, from_queue: false, ahead: None });
         };
         let local = |source| FetchError::Local { doing: "use the queue for", path: dest.clone(), source };
+        if let Some(queue) = &queue {
+            queue.segment_asked();
+        }
         if let Some(queue) = &queue
             && let Some(bytes) = queue.take(name, &dest).map_err(local)?
         {
@@ -240,6 +243,55 @@ impl Fetcher {
             Err(FetchError::NotThere { .. }) => Ok(0),
             other => other,
         }
+    }
+
+    /// Puts segments into the queue of a data directory, in order, before a server starts on it: as many as it may hold.
+    /// What they are is checked as for [`Fetcher::fetch`].
+    pub(super) async fn fill(
+        &self,
+        request: &FetchRequest,
+        system: SystemId,
+        filled: Filled,
+        segments: &[SegmentName],
+    ) -> Result<u64, FetchError> {
+        let Some(queue) = self.queue(request, system) else { return Ok(0) };
+        let local =
+            |source| FetchError::Local { doing: "fill the queue for", path: request.dest.clone(), source };
+        let layout = self.layout.system(system);
+        let bring = |name: &SegmentName| {
+            let (layout, name) = (&layout, *name);
+            async move {
+                let of = WalFileName::Segment(name);
+                Ok::<_, FetchError>((name, self.segment(layout, system, of).await?))
+            }
+        };
+        let limit = usize::try_from(request.ahead.segments).unwrap_or(usize::MAX);
+        let brought = futures_util::stream::iter(segments.iter().take(limit)).map(bring);
+        let mut brought = std::pin::pin!(brought.buffered(AHEAD_AT_ONCE));
+        let mut lock = None;
+        let mut count = 0u64;
+        while let Some((name, segment)) = brought.try_next().await? {
+            let info = &segment.index.info;
+            // A longer copy of one whose log ends inside may come before recovery does.
+            let settled = matches!(info.ending, Ending::Full | Ending::Switch);
+            if !settled || segment.wal.len() as u64 != info.size.bytes() {
+                break;
+            }
+            if lock.is_none() {
+                lock = queue.lock().map_err(local)?;
+                queue.note_filled(filled).map_err(local)?;
+            }
+            if !queue.put(name, &segment.wal, request.ahead).map_err(local)? {
+                break;
+            }
+            count = count.saturating_add(1);
+        }
+        Ok(count)
+    }
+
+    /// Whether the queue that such a request has may take what it may.
+    pub(super) fn has_room(&self, request: &FetchRequest, system: SystemId) -> bool {
+        self.queue(request, system).is_some_and(|queue| queue.has_room(request.ahead))
     }
 
     fn queue(&self, request: &FetchRequest, system: SystemId) -> Option<Queue> {

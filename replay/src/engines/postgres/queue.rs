@@ -3,6 +3,10 @@
 //! An entry is named `<segment>.<source>.<crc>`: the source says which archive, cluster and system it came out
 //! of, the checksum covers its bytes. What does not fit its name is never handed over. PostgreSQL ignores the
 //! directory, and backups leave pg_wal's contents out.
+//!
+//! A restore fills it before there is a server. Recovery first asks for history files, then for the checkpoint's segment,
+//! then for those from the redo point on, the checkpoint's among them once more: until it is past that, nothing is
+//! given away for good. A note beside the entries says so.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -11,12 +15,16 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
-use waltide_format::{SegmentName, SegmentSize, SystemId};
+use waltide_format::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
 
 /// The directory's name in pg_wal.
 const DIR: &str = "waltide-queue";
 /// The file whose lock says that someone is filling the queue.
 const LOCK: &str = "lock";
+/// What a restore notes of what it put there: the target's timeline, and as far as recovery comes back.
+const FILLED: &str = "filled";
+/// There as long as no segment was asked for since.
+const UNASKED: &str = "unasked";
 
 /// How far to read ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +57,15 @@ pub struct Wanted {
     pub size: SegmentSize,
     /// The system it belongs to.
     pub system: SystemId,
+}
+
+/// What a restore filled the queue for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Filled {
+    /// The timeline that recovery goes to.
+    pub(crate) timeline: TimelineId,
+    /// Segments that begin by here are asked for more than once.
+    pub(crate) again_until: Lsn,
 }
 
 /// The queue of one pg_wal, as filled from one source.
@@ -96,19 +113,70 @@ impl Queue {
         self.entries().iter().any(|e| e.name == name && e.source == self.source)
     }
 
-    /// Hands a segment over under the name `dest` and says whether it was there. One whose bytes are not what they
-    /// were is removed.
+    /// Notes what a restore fills the queue for; [`Queue::lock`] made it.
+    pub(crate) fn note_filled(&self, filled: Filled) -> io::Result<()> {
+        let text = format!("{} {}\n", filled.timeline, filled.again_until);
+        for (name, text) in [(UNASKED, ""), (FILLED, text.as_str())] {
+            let mut options = fs::OpenOptions::new();
+            let file = options.write(true).create(true).truncate(true).mode(0o600).open(self.dir.join(name));
+            file?.write_all(text.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn filled(&self) -> Option<Filled> {
+        let text = fs::read_to_string(self.dir.join(FILLED)).ok()?;
+        let (timeline, again_until) = text.trim_end().split_once(' ')?;
+        Some(Filled { timeline: timeline.parse().ok()?, again_until: again_until.parse().ok()? })
+    }
+
+    /// Whether recovery comes back to a segment after it was given it.
+    fn is_asked_again(&self, name: SegmentName, size: SegmentSize) -> bool {
+        let start = name.start(size);
+        self.filled().is_some_and(|filled| start.is_some_and(|start| start <= filled.again_until))
+    }
+
+    /// A history file was asked for: recovery begins, and has no use for what an earlier one left, or it ends.
+    pub(crate) fn history_asked(&self, timeline: TimelineId) {
+        let begins = self.dir.join(UNASKED).exists();
+        let is_ours = self.filled().is_some_and(|filled| begins || timeline <= filled.timeline);
+        if !is_ours {
+            self.clear();
+        }
+    }
+
+    /// A segment was asked for.
+    pub(crate) fn segment_asked(&self) {
+        let _ = fs::remove_file(self.dir.join(UNASKED));
+    }
+
+    /// Hands a segment over under the name `dest` and says whether it was there: moved, or copied where recovery comes
+    /// back to it. One whose bytes are not what they were is removed.
     pub(crate) fn take(&self, name: SegmentName, dest: &Path) -> io::Result<Option<u64>> {
         for entry in self.entries().into_iter().filter(|e| e.name == name && e.source == self.source) {
-            let whole = SegmentSize::new(entry.bytes).is_some();
-            if whole && crc32fast::hash(&fs::read(&entry.path)?) == entry.crc {
-                fs::rename(&entry.path, dest)?;
+            let size = SegmentSize::new(entry.bytes);
+            let wal = fs::read(&entry.path)?;
+            if let Some(size) = size.filter(|_| crc32fast::hash(&wal) == entry.crc) {
+                match self.is_asked_again(name, size) {
+                    true => self.copy(&wal, dest)?,
+                    false => fs::rename(&entry.path, dest)?,
+                }
                 return Ok(Some(entry.bytes));
             }
             tracing::warn!("{} is damaged and was not used", entry.path.display());
             fs::remove_file(&entry.path)?;
         }
         Ok(None)
+    }
+
+    /// Writes a segment, whole or not at all.
+    fn copy(&self, wal: &[u8], dest: &Path) -> io::Result<()> {
+        let unfinished = self.dir.join(format!("copy.tmp-{}", std::process::id()));
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+        file.write_all(wal)?;
+        file.sync_data()?;
+        fs::rename(&unfinished, dest)
     }
 
     /// Puts a whole, checked segment down. False where the queue holds as much as it may or was taken away.
@@ -137,6 +205,9 @@ impl Queue {
     /// Removes what PostgreSQL, now given `current`, has no more use for, and what killed writers left.
     pub(crate) fn tidy(&self, current: SegmentName, size: SegmentSize, limit: ReadAhead) {
         let Some(start) = current.start(size) else { return };
+        if self.is_asked_again(current, size) {
+            return;
+        }
         let reach = limit.count(size).saturating_mul(2).saturating_mul(size.bytes());
         for entry in self.entries() {
             let useful = entry.source == self.source
@@ -201,7 +272,7 @@ mod tests {
     }
 
     fn name(n: u64) -> SegmentName {
-        let timeline = waltide_format::TimelineId::FIRST;
+        let timeline = TimelineId::FIRST;
         SegmentName::containing(timeline, (n << 20).into(), size())
     }
 
@@ -261,6 +332,45 @@ mod tests {
         assert_eq!(queue.entries().iter().map(|e| e.name).collect::<Vec<_>>(), [name(4)]);
         assert_eq!(fs::read_dir(&queue.dir).unwrap().count(), 2, "the entry and the lock");
         queue.clear();
+        assert!(!queue.dir.exists());
+    }
+
+    #[test]
+    fn what_a_restore_put_there_is_kept_until_recovery_is_past_it() {
+        let (dir, queue) = place();
+        let dest = dir.path().join("pg_wal/RECOVERYXLOG");
+        let timeline = |n| TimelineId::new(n).unwrap();
+        let names = |queue: &Queue| {
+            let mut names: Vec<_> = queue.entries().iter().map(|e| e.name).collect();
+            names.sort();
+            names
+        };
+        drop(queue.lock().unwrap().unwrap());
+        // Redo begins in 3, the checkpoint's record lies in 4.
+        queue.note_filled(Filled { timeline: timeline(2), again_until: (5 << 20).into() }).unwrap();
+        for n in 3..7 {
+            assert!(queue.put(name(n), &wal(1), LIMIT).unwrap());
+        }
+        for n in [2, 3] {
+            queue.history_asked(timeline(n));
+        }
+        for n in [4, 3, 4, 5] {
+            queue.segment_asked();
+            assert_eq!(queue.take(name(n), &dest).unwrap(), Some(1 << 20), "{n}");
+            queue.tidy(name(n), size(), LIMIT);
+            queue.history_asked(timeline(2));
+            assert_eq!(names(&queue), [3, 4, 5, 6].map(name), "{n}");
+        }
+        assert_eq!(queue.take(name(6), &dest).unwrap(), Some(1 << 20));
+        queue.tidy(name(6), size(), LIMIT);
+        assert_eq!(names(&queue), []);
+        assert!(queue.dir.exists());
+        // Recovery looks for the number of its own timeline.
+        queue.history_asked(timeline(3));
+        assert!(!queue.dir.exists());
+        // Without a restore's note it begins with nothing.
+        drop(queue.lock().unwrap().unwrap());
+        queue.history_asked(timeline(2));
         assert!(!queue.dir.exists());
     }
 }

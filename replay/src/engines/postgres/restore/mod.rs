@@ -27,7 +27,7 @@ use super::forward::{
     ForwardError, PART_BLOCKS, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed,
     Unknown,
 };
-use super::queue::ReadAhead;
+use super::queue::{Filled, ReadAhead};
 use super::selection::Selection;
 use crate::plan::Plan;
 use pieces::Piece;
@@ -255,6 +255,8 @@ pub struct Restored {
     pub read_bytes: u64,
     /// What native replay did.
     pub replayed: Option<Replayed>,
+    /// Segments behind that which recovery need not fetch any more.
+    pub queued_segments: u64,
     /// Seconds it took.
     pub seconds: f64,
 }
@@ -394,6 +396,10 @@ impl Restore {
             blocking(|| place.close_databases(selection))?;
         }
         let (replayed, handed_over) = over.unzip();
+        let queued = match &replayed {
+            Some(replayed) => self.fill_queue(&place, replayed, progress).await?,
+            None => 0,
+        };
         blocking(|| self.write_settings(&place, replayed.as_ref()))?;
         progress.phase("sync", None);
         let files = match &replayed {
@@ -410,8 +416,39 @@ impl Restore {
             written_bytes,
             read_bytes,
             replayed,
+            queued_segments: queued,
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Puts the segments that PostgreSQL goes on with where `fetch` finds them at once, as many as there may be.
+    async fn fill_queue(
+        &self,
+        place: &write::Place,
+        replayed: &Replayed,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<u64, RestoreError> {
+        let size = self.manifest.segment_size;
+        let left =
+            self.plan.segments.iter().filter(|s| s.name.end(size).is_some_and(|end| end > replayed.redo));
+        let left: Vec<_> = left.take_while(|s| !s.partial).map(|s| s.name).collect();
+        let request = FetchRequest {
+            name: WalFileName::History(self.plan.timeline),
+            dest: PathBuf::from("pg_wal/RECOVERYXLOG"),
+            data_dir: self.options.data_dir.clone(),
+            system_id: Some(self.plan.system_id),
+            ahead: ReadAhead::default(),
+        };
+        if !self.fetcher.has_room(&request, self.plan.system_id) {
+            return Ok(0);
+        }
+        progress.phase("fetch", None);
+        // The checkpoint's record may run over the edge of its segment.
+        let again_until = replayed.checkpoint.saturating_add(size.bytes());
+        let filled = Filled { timeline: self.plan.timeline, again_until };
+        let count = self.fetcher.fill(&request, self.plan.system_id, filled, &left).await?;
+        blocking(|| place.own_everything_below("pg_wal"))?;
+        Ok(count)
     }
 
     /// Writes the backup's files, and brings them forward where the log is replayed natively. pg_control is not among them.

@@ -270,10 +270,15 @@ impl Place {
 
     /// Every directory and file of the data directory and its tablespaces.
     fn everything(&self) -> Result<Vec<PathBuf>, RestoreError> {
-        let mut found: Vec<PathBuf> = Vec::new();
         let mut left = vec![self.0.data_dir.clone()];
         left.extend(self.0.tablespaces.iter().cloned());
         left.extend(Some(self.path("pg_wal")).filter(|wal| wal.is_symlink()));
+        Self::below(left)
+    }
+
+    /// Directories, and every directory and file below them.
+    fn below(mut left: Vec<PathBuf>) -> Result<Vec<PathBuf>, RestoreError> {
+        let mut found: Vec<PathBuf> = Vec::new();
         while let Some(directory) = left.pop() {
             for entry in fs::read_dir(&directory).map_err(io_error("list", &directory))? {
                 let entry = entry.map_err(io_error("list", &directory))?;
@@ -293,6 +298,14 @@ impl Place {
     pub(super) fn own_everything(&self) -> Result<(), RestoreError> {
         match self.0.owner {
             Some(_) => self.everything()?.iter().try_for_each(|path| self.own(path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives a directory, and everything below it, its owner.
+    pub(super) fn own_everything_below(&self, relative: &str) -> Result<(), RestoreError> {
+        match self.0.owner {
+            Some(_) => Self::below(vec![self.path(relative)])?.iter().try_for_each(|path| self.own(path)),
             None => Ok(()),
         }
     }
