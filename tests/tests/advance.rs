@@ -297,3 +297,127 @@ fn what_cannot_be_advanced_is_said() {
     let done = advance(&site, &["--backup", id(&full)]);
     assert_eq!(done["parent"], full["id"]);
 }
+
+#[test]
+fn what_is_advanced_to_a_time_serves_it() {
+    let site = Site::new("advance-time");
+    let cluster = site.start(site.builder("db").segment_mb(1).setting("autovacuum", "off"));
+    let full = site.back_up(&cluster);
+    cluster.query("create table t as select generate_series(1, 1000) as id");
+    cluster.query("checkpoint");
+    cluster.query("insert into t values (0)");
+    cluster
+        .wait_until("select clock_timestamp() > (pg_control_checkpoint()).checkpoint_time + interval '1 s'");
+    let between = cluster.query("select clock_timestamp()");
+    // A checkpoint's time is in whole seconds, and nothing commits before it.
+    cluster.wait_until(&format!(
+        "select extract(epoch from clock_timestamp())::bigint - 1
+        > extract(epoch from '{between}'::timestamptz)::bigint"
+    ));
+    cluster.query("checkpoint");
+    cluster.query("insert into t values (-1)");
+    checkpointed(&cluster);
+    let done = advance(&site, &["--to", &between]);
+    assert_eq!(done["from"], full["id"], "{done}");
+    let dir = site.scratch.fresh_path("served");
+    let fixed = ["restore", "--dry-run", "--data-dir", dir.to_str().unwrap(), "--target-time", &between];
+    let plan = &site.waltide.json(fixed)["plan"];
+    assert_eq!(plan["backup"], done["id"], "{plan}");
+    let restored = site.restored("restored", &["--target-time", &between]);
+    assert_eq!(restored.query("select count(*), min(id) from t"), "1001|0");
+    // Before the first checkpoint there is none that could serve it.
+    let out = site.waltide.fails(1, ["advance", "--to", full["stopped"].as_str().unwrap()]);
+    assert!(
+        out.stderr.contains("no checkpoint lies between the backup's end and the target"),
+        "{}",
+        out.stderr
+    );
+}
+
+#[test]
+fn a_backup_is_advanced_over_a_promotion() {
+    let site = Site::new("advance-promotion");
+    let cluster = site.start(site.builder("db").settings(load::SETTINGS).segment_mb(1));
+    cluster.pgbench_init(1);
+    let full = site.back_up(&cluster);
+    let mut standby = cluster.make_standby("standby");
+    cluster.pgbench(&["-t", "200"]);
+    cluster.query("create table kept as select generate_series(1, 3000) as id");
+    cluster.query("begin; insert into kept values (0); prepare transaction 'over the promotion'");
+    cluster.archive_all();
+    standby.wait_caught_up(&cluster);
+    standby.set("archive_mode", "on");
+    standby.restart();
+    standby.promote();
+    // What the old primary still does is of no concern.
+    cluster.query("truncate pgbench_history");
+    cluster.archive_all();
+    standby.query("insert into kept values (-1)");
+    standby.pgbench(&["-t", "200"]);
+    checkpointed(&standby);
+    standby.query("commit prepared 'over the promotion'");
+    standby.pgbench(&["-t", "100"]);
+    let data_dir = standby.data_dir().to_str().unwrap();
+    let done = advance(&site, &[]);
+    assert_eq!((&done["from"], &done["timeline"]), (&full["id"], &2.into()), "{done}");
+    let fresh = site.waltide.json(["backup", "--data-dir", data_dir, "--type", "full"]);
+    standby.pgbench(&["-t", "100"]);
+    let lsn = target(&standby);
+    let expected = recovered(&site, &fresh, &lsn, "server");
+    for replay in ["native", "server"] {
+        assert_same(&expected, &recovered(&site, &done, &lsn, replay));
+    }
+    // The old timeline's end is not in its reach.
+    let out = site.waltide.fails(3, ["advance", "--backup", id(&done), "--target-timeline", "1"]);
+    assert!(out.stderr.contains("no backup lies on timeline 1"), "{}", out.stderr);
+}
+
+#[test]
+fn an_advance_over_a_damaged_object_names_it_and_leaves_nothing() {
+    let site = Site::new("advance-damaged");
+    let cluster = site.start(site.builder("db").segment_mb(1).checksums(false).setting("autovacuum", "off"));
+    cluster.query("create table t (id int primary key, filler text)");
+    cluster.query("insert into t select g, md5(g::text) from generate_series(1, 20000) g");
+    site.back_up(&cluster);
+    cluster.query("update t set filler = 'changed' where id < 100");
+    checkpointed(&cluster);
+    let last = cluster.query(
+        "select pg_walfile_name('0/0'::pg_lsn + (select redo_lsn - '0/0' from pg_control_checkpoint()))",
+    );
+    let stored = Stored::of(&cluster, &site.archive);
+    let objects = || -> Vec<String> {
+        let mut found = Vec::new();
+        let mut left = vec![site.archive.clone()];
+        while let Some(dir) = left.pop() {
+            for path in waltide_tests::site::read_dir(&dir) {
+                match path.is_dir() {
+                    true => left.push(path),
+                    false => found.push(path.display().to_string()),
+                }
+            }
+        }
+        found.sort();
+        found
+    };
+    let manifest = stored.manifest(&stored.backups().0[0]);
+    let pack = objects().into_iter().find(|o| o.contains("/chunks/packs/")).unwrap();
+    let map = stored.path(&stored.names().map(&manifest.maps[0])).display().to_string();
+    let segment = site.object(&cluster, &last).display().to_string();
+    let before = objects();
+    for damaged in [pack, map, segment] {
+        let whole = std::fs::read(&damaged).unwrap();
+        let mut bytes = whole.clone();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&damaged, &bytes).unwrap();
+        let scratch = site.scratch.dir("below");
+        let out = site.waltide.fails(3, ["advance", "--scratch", scratch.to_str().unwrap()]);
+        let name = damaged.rsplit('/').next().unwrap();
+        assert!(out.stderr.contains(name) && out.stderr.contains("damaged"), "{damaged}: {}", out.stderr);
+        assert_eq!(objects(), before, "{damaged}");
+        assert_eq!(std::fs::read_dir(&scratch).unwrap().count(), 0, "{damaged}");
+        assert_eq!(stored.backups().1, [], "{damaged}");
+        std::fs::write(&damaged, whole).unwrap();
+    }
+    advance(&site, &[]);
+}

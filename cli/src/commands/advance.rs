@@ -12,7 +12,7 @@ use waltide_format::archive::{Catalog, Layout, Tablespace};
 use waltide_format::{BackupId, Lsn, TimestampTz};
 use waltide_replay::engines::postgres::{
     Point, Replay, ReplayMode, Replayed, Restore, RestoreError, RestoreOptions, ScratchError, ScratchPlace,
-    choose_replay, made_tablespaces,
+    SearchError, choose_replay, made_tablespaces,
 };
 use waltide_replay::{Goal, Plan, Target, TargetAction, TargetTimeline};
 use waltide_storage::Archive;
@@ -117,11 +117,19 @@ async fn advance(args: Args, context: &Context) -> Result<(), Failure> {
     let goal = goal(&args);
     let plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
     let memory = usize::try_from(args.memory).unwrap_or(usize::MAX);
-    let chosen = choose_replay(&archive, &layout, &catalog, &plan, ReplayMode::Native, memory).await;
-    let forward = match chosen.map_err(|e| {
+    let search_failure = |e: SearchError| {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
-    })? {
+    };
+    let chosen = choose_replay(&archive, &layout, &catalog, &plan, ReplayMode::Native, memory).await;
+    let chosen = match (chosen.map_err(search_failure)?, args.to) {
+        // A backup of a later checkpoint would be no base for that time.
+        (Replay::Native(forward), Some(Until::Time(by))) => {
+            forward.made_by(by).await.map_err(search_failure)?
+        }
+        (chosen, _) => chosen,
+    };
+    let forward = match chosen {
         Replay::Native(forward) => forward,
         Replay::Server(why) => return Err(cannot(&plan, &why.unwrap_or_default())),
     };

@@ -23,6 +23,9 @@ use super::spill::Spill;
 use super::{ForwardError, Ready, scan};
 use crate::plan::Plan;
 
+/// Why there is none to hand over at.
+const NO_CHECKPOINT: &str = "no checkpoint lies between the backup's end and the target";
+
 /// Which way to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -129,6 +132,8 @@ pub struct Forward {
     mode: ReplayMode,
     memory: usize,
     line: Lineage,
+    /// No checkpoint of a later time is taken.
+    by: Option<TimestampTz>,
     point: Point,
 }
 
@@ -170,6 +175,7 @@ pub async fn choose_replay(
         mode,
         memory,
         line: plan.lineage.clone(),
+        by: None,
         point: Point {
             checkpoint: Lsn::ZERO,
             redo: Lsn::ZERO,
@@ -180,7 +186,7 @@ pub async fn choose_replay(
     };
     match forward.newest(plan.stop.lsn, Lsn::MAX).await? {
         Some(point) => Ok(Replay::Native(Box::new(Forward { point, ..forward }))),
-        None => server("no checkpoint lies between the backup's end and the target"),
+        None => server(NO_CHECKPOINT),
     }
 }
 
@@ -211,6 +217,19 @@ impl Forward {
     /// Where PostgreSQL goes on.
     pub const fn point(&self) -> Point {
         self.point
+    }
+
+    /// The same up to the newest checkpoint that was not made later than this.
+    pub async fn made_by(self, time: TimestampTz) -> Result<Replay, SearchError> {
+        let Point { checkpoint, redo, time: found, .. } = self.point;
+        let forward = Self { by: Some(time), ..self };
+        if found <= time {
+            return Ok(Replay::Native(Box::new(forward)));
+        }
+        Ok(match forward.newest(checkpoint, redo).await? {
+            Some(point) => Replay::Native(Box::new(Self { point, ..forward })),
+            None => Replay::Server(Some(NO_CHECKPOINT.to_owned())),
+        })
     }
 
     /// How native replay was asked for.
@@ -253,6 +272,7 @@ impl Forward {
             let checkpoints = self.merged.get(&segment.entry.info.name).unwrap_or(&read);
             let fits = checkpoints.iter().rev().find(|c| {
                 c.end <= end
+                    && self.by.is_none_or(|by| c.time <= by)
                     && c.start < segment.usable_end
                     && c.redo >= self.consistent
                     && c.redo <= redo
