@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
+use waltide_format::archive::ExtentMap;
 use waltide_tests::site::{read_dir, text};
-use waltide_tests::{Cluster, Output, Site, poll_until};
+use waltide_tests::stored::Stored;
+use waltide_tests::{Cluster, Output, Site, StopMode, poll_until};
 
 /// A site with a place for exports and what they write.
 struct Exports {
@@ -316,4 +318,162 @@ fn refusals(exports: &Exports) {
     assert_eq!(tables[0]["table"], "precious", "{dry:#}");
     assert!(reads["bytes"].as_u64().unwrap() < reads["whole_bytes"].as_u64().unwrap(), "{dry:#}");
     assert!(!std::path::Path::new(&new).exists());
+}
+
+#[test]
+fn tables_come_out_of_tablespaces_and_of_inheritance_and_large_objects_of_whole_databases() {
+    let exports = Exports::new("export-kinds");
+    let cluster = exports.start();
+    cluster.create_tablespace("space");
+    for sql in [
+        "create table bulk as select g, md5(g::text) from generate_series(1, 20000) g",
+        &format!(
+            "create table placed tablespace space as select g as id, {LONG} as long from generate_series(1, 30) g"
+        ),
+        "alter table placed alter long set storage external",
+        "create table parent (id int, note text)",
+        "create table child (more int) inherits (parent)",
+        "create table grandchild (even_more int) inherits (child) tablespace space",
+        "insert into parent select g, 'parent' from generate_series(1, 100) g",
+        "insert into child select g, 'child', g from generate_series(1, 200) g",
+        "insert into grandchild select g, 'grandchild', g, g from generate_series(1, 300) g",
+        "create table parts (id int, at int) partition by list (at)",
+        "create table parts_1 partition of parts for values in (1) tablespace space",
+        "create table parts_2 partition of parts for values in (2) partition by range (id)",
+        "create table parts_2_low partition of parts_2 for values from (0) to (100)",
+        "create table parts_rest partition of parts default tablespace space",
+        "insert into parts select g, g % 5 from generate_series(0, 99) g",
+        "create table pictures (id int, picture oid)",
+        "insert into pictures select g, lo_from_bytea(0, convert_to(repeat('picture ' || g, 1000), 'UTF8')) from generate_series(1, 5) g",
+    ] {
+        cluster.query(sql);
+    }
+    exports.site.back_up(&cluster);
+    for sql in [
+        "checkpoint",
+        &format!("insert into placed select g, {LONG} from generate_series(31, 60) g"),
+        "alter table placed set tablespace pg_default",
+        "alter table child set tablespace space",
+        "update parent set note = note || '.' where id % 3 = 0",
+        "update parts set at = (at + 1) % 5 where id % 4 = 0",
+        "insert into pictures select g, lo_from_bytea(0, convert_to(repeat('later ' || g, 1000), 'UTF8')) from generate_series(6, 9) g",
+        "select lo_unlink(picture) from pictures where id = 1",
+        "delete from pictures where id = 1",
+        "checkpoint",
+        "insert into grandchild values (0, 'last', 0, 0)",
+        "alter table placed set tablespace space",
+    ] {
+        cluster.query(sql);
+    }
+    let lsn = moment(&cluster);
+    let tables = ["placed", "parent", "child", "grandchild", "parts", "pictures"];
+    let expected = tables.map(|table| rows(&cluster, "postgres", table));
+    let only = cluster.query("select count(*) from only parent");
+    let pictures = "select string_agg(md5(lo_get(picture)), ' ' order by id) from pictures";
+    let shown = cluster.query(pictures);
+    cluster.query("drop table placed, parent, child, grandchild, parts");
+    cluster.query("select lo_unlink(picture) from pictures where id > 4");
+    cluster.archive_all();
+    let named = tables.map(|table| ["--table", table]).concat();
+    for how in ["native", "server"] {
+        let args = [named.as_slice(), &["--target-lsn", &lsn, "--replay", how]].concat();
+        let (file, exported) = exports.export(&format!("{how}.sql"), &args);
+        load(&cluster, how, &file, "select");
+        assert_eq!(tables.map(|table| rows(&cluster, how, table)), expected, "by {how}");
+        let space = "select count(*) from pg_class join pg_tablespace t on t.oid = reltablespace where spcname = 'space' and relkind = 'r'";
+        assert_eq!(cluster.sql(how, space).unwrap(), "5", "by {how}");
+        // What lies in no table is not exported with it, and that is said.
+        let said = exported["notes"].to_string();
+        assert!(said.contains("the database has 8 large objects, which come with no table"), "{exported:#}");
+        cluster.sql(how, "select lo_get(picture) from pictures").expect_err("it was not exported");
+    }
+    // Of a parent its own rows come, and no child's that is not named.
+    let (file, exported) = exports.export("parent.sql", &["--table", "parent", "--target-lsn", &lsn]);
+    assert_eq!(exported["tables"].as_array().unwrap().len(), 1, "{exported:#}");
+    load(&cluster, "parent_alone", &file, "select");
+    assert_eq!(cluster.sql("parent_alone", "select count(*) from parent").unwrap(), only);
+    let (file, exported) = exports.export("all.sql", &["--database", "postgres", "--target-lsn", &lsn]);
+    assert!(!exported["notes"].to_string().contains("large objects"), "{exported:#}");
+    load(&cluster, "whole", &file, "select");
+    assert_eq!(tables.map(|table| rows(&cluster, "whole", table)), expected);
+    assert_eq!(cluster.sql("whole", pictures).unwrap(), shown);
+}
+
+/// The pack that a table's first page is in, and a byte of it there.
+fn stored_page(site: &Site, cluster: &Cluster, backup: &Value, table: &str) -> (PathBuf, usize) {
+    let stored = Stored::of(cluster, &site.archive);
+    let manifest = stored.manifest(&backup["id"].as_str().unwrap().parse().unwrap());
+    let path = cluster.query(&format!("select pg_relation_filepath('{table}')"));
+    let file = manifest.files.iter().find(|f| f.path == path).expect("the backup has it");
+    let (map, number) = file.extents[0];
+    let map = stored.path(&stored.names().map(&manifest.maps[map as usize]));
+    let map = ExtentMap::decode(&std::fs::read(map).unwrap()).unwrap();
+    let extent = &map.files[number as usize][0];
+    let pack = stored.path(&stored.names().pack(&map.packs[extent.pack as usize]));
+    (pack, usize::try_from(extent.offset).unwrap() + extent.stored_bytes as usize / 2)
+}
+
+#[test]
+fn a_damaged_object_that_is_needed_ends_an_export_with_its_name() {
+    let exports = Exports::new("export-damaged");
+    let cluster = exports.start();
+    cluster.query("create table t as select g, md5(g::text) as a from generate_series(1, 100000) g");
+    let backup = exports.site.back_up(&cluster);
+    cluster.query("insert into t values (0, 'behind the backup')");
+    let segment = cluster.archive_all();
+    cluster.query("checkpoint; insert into t values (-1, 'behind the checkpoint')");
+    let last = cluster.archive_all();
+    let output = text(&exports.out.join("t.sql")).to_owned();
+    let (pack, at) = stored_page(&exports.site, &cluster, &backup, "t");
+    let segments = [segment, last].map(|name| exports.site.object(&cluster, &name));
+    let middle = |object: &PathBuf| usize::try_from(object.metadata().unwrap().len()).unwrap() / 2;
+    let segments = segments.map(|object| (object.clone(), middle(&object)));
+    for (object, at) in [(pack, at)].into_iter().chain(segments) {
+        let whole = std::fs::read(&object).unwrap();
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&object, &bytes).unwrap();
+        for how in ["auto", "server"] {
+            let said = exports.refused(3, &output, &["--table", "t", "--replay", how]);
+            let name = object.file_name().unwrap().to_str().unwrap();
+            assert!(said.contains(name) && said.contains("damaged"), "{name} by {how}: {said}");
+            assert_eq!(read_dir(&exports.out), Vec::<PathBuf>::new());
+        }
+        std::fs::write(&object, whole).unwrap();
+    }
+    let (file, _) = exports.export("t.sql", &["--table", "t"]);
+    load(&cluster, "loaded", &file, "select");
+    assert_eq!(rows(&cluster, "loaded", "t"), rows(&cluster, "postgres", "t"));
+}
+
+#[test]
+fn a_page_that_is_wanted_and_not_there_is_no_empty_page() {
+    let exports = Exports::new("export-missing");
+    let builder = exports.site.builder("db").checksums(false).setting("autovacuum", "off");
+    let mut cluster = exports.site.start(builder.setting("full_page_writes", "off"));
+    cluster.query("create table t (id int, n int) with (fillfactor = 50)");
+    cluster.query("create table other as select generate_series(1, 100) as id");
+    cluster.query("insert into t select n, 0 from generate_series(1, 1000) n");
+    cluster.query("vacuum t; checkpoint");
+    let file = cluster.data_dir().join(cluster.query("select pg_relation_filepath('t')"));
+    cluster.stop(StopMode::Fast);
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, vec![0; whole.len()]).unwrap();
+    cluster.start();
+    // The backup has the table's pages empty; the log behind it changes pages that are full, and has no images of them.
+    exports.site.back_up(&cluster);
+    cluster.stop(StopMode::Fast);
+    std::fs::write(&file, whole).unwrap();
+    cluster.start();
+    cluster.query("update t set n = 1 where id = 7");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    let output = text(&exports.out.join("t.sql")).to_owned();
+    for how in ["auto", "server"] {
+        let said = exports.refused(3, &output, &["--table", "t", "--replay", how]);
+        assert!(said.contains("the log changes block 0 of base/5/"), "by {how}: {said}");
+        let (file, _) = exports.export(&format!("{how}.sql"), &["--table", "other", "--replay", how]);
+        load(&cluster, how, &file, "select");
+        assert_eq!(rows(&cluster, how, "other"), rows(&cluster, "postgres", "other"));
+    }
 }

@@ -189,6 +189,16 @@ pub enum ExportError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// The log and the backup do not fit.
+    #[error(
+        "the log changes block {block} of {path}, which the backup does not have\nhint: run `waltide verify`; export from another backup with --backup"
+    )]
+    MissingPage {
+        /// The file, as the server names it.
+        path: String,
+        /// The block.
+        block: u32,
+    },
     /// Recovery ended elsewhere.
     #[error("the target was not reached: {detail}\nhint: run `waltide verify`")]
     NotReached {
@@ -229,7 +239,7 @@ impl ExportError {
             Self::Search(e) => e.is_damage(),
             Self::Restore(e) => e.is_damage(),
             Self::Scratch(e) => e.is_damage(),
-            Self::NotReached { .. } => true,
+            Self::NotReached { .. } | Self::MissingPage { .. } => true,
             _ => false,
         }
     }
@@ -262,11 +272,7 @@ impl fmt::Display for ExportPlan {
         for table in &self.tables {
             writeln!(f, "export    {table}")?;
         }
-        let Reads { files, bytes, whole_files, whole_bytes } = self.reads;
-        writeln!(
-            f,
-            "read      {bytes} bytes of the backup for {files} files; of {whole_bytes} for {whole_files}"
-        )?;
+        writeln!(f, "read      {}", self.reads)?;
         writeln!(f, "replay    {}", self.replay)?;
         writeln!(f, "write     {}", self.output.display())
     }
@@ -395,7 +401,7 @@ impl<'a> Export<'a> {
             if !reached.holds {
                 return Err(ExportError::NotReached { detail: reached.detail });
             }
-            let notes = end_prepared(&client).await?;
+            let mut notes = end_prepared(&client).await?;
             let stored = self.stored(&client).await?;
             let missing: Vec<_> = stored.iter().filter(|s| !self.selection.wants_number(s.file)).collect();
             if let Some(first) = missing.first() {
@@ -406,6 +412,9 @@ impl<'a> Export<'a> {
                 tracing::info!("{} more files are needed, the first of {}", numbers.len(), first.name);
                 self.selection.add(numbers);
                 continue;
+            }
+            if !self.found.is_whole() {
+                notes.extend(large_objects(&client).await?);
             }
             self.source.progress.phase("write", None);
             let tables: Vec<&Stored> = stored.iter().filter(|s| self.is_written(s)).collect();
@@ -438,13 +447,21 @@ impl<'a> Export<'a> {
         progress.phase("recover", Some(self.plan.wal_bytes));
         let mut server = ScratchServer::start(&self.install, place, &settings)?;
         let segment_bytes = self.source.catalog.system.segment_size.bytes();
+        let mut missing = None;
         let recovered = server.wait_ready(|line| {
             if line.contains("restored log file") {
                 progress.advance(segment_bytes);
             }
+            let wanted = |(path, _): &(&str, u32)| self.selection.wants_file(path);
+            if let Some((path, block)) = missing_page(line).filter(wanted) {
+                missing.get_or_insert_with(|| (path.to_owned(), block));
+            }
         });
         recovered.await?;
-        Ok(server)
+        match missing {
+            Some((path, block)) => Err(ExportError::MissingPage { path, block }),
+            None => Ok(server),
+        }
     }
 
     /// What the server has files for and the export reads.
@@ -552,7 +569,50 @@ async fn end_prepared(client: &Client) -> Result<Vec<String>, ExportError> {
     Ok(notes)
 }
 
+/// The page that a line of the server's log says is not there, where it changes: without `ignore_invalid_pages` it would
+/// have ended.
+fn missing_page(line: &str) -> Option<(&str, u32)> {
+    let (_, said) = line.split_once("WARNING:  page ")?;
+    let (block, said) = said.split_once(" of relation ")?;
+    let (path, state) = said.split_once(' ')?;
+    let is_it = state.starts_with("is uninitialized") || state.starts_with("does not exist");
+    Some((path, block.parse().ok().filter(|_| is_it)?))
+}
+
+/// Says that large objects are not among what is exported, where there are any.
+async fn large_objects(client: &Client) -> Result<Option<String>, ExportError> {
+    let row = client.query_one("select count(*) from pg_largeobject_metadata", &[]).await?;
+    let count: i64 = row.get(0);
+    Ok((count > 0).then(|| {
+        format!(
+            "the database has {count} large objects, which come with no table and no schema: export the whole of it, with \
+             --database alone, to have them"
+        )
+    }))
+}
+
 /// A name for a scratch place.
 fn new_id() -> String {
     BackupId::new(now(), u16::try_from(random_seed() & 0xFFFF).unwrap_or(0)).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_not_there_is_heard_of() {
+        let said =
+            "2026-01-01 00:00:00.000 UTC [7] WARNING:  page 3 of relation base/5/16400 is uninitialized";
+        assert_eq!(missing_page(said), Some(("base/5/16400", 3)));
+        let said = "WARNING:  page 70 of relation pg_tblspc/16390/PG_15_202209061/5/16400_vm does not exist";
+        assert_eq!(missing_page(said), Some(("pg_tblspc/16390/PG_15_202209061/5/16400_vm", 70)));
+        for other in [
+            "WARNING:  page x of relation base/5/1 is uninitialized",
+            "WARNING:  page 1 of relation base/5/1",
+            "LOG:  page 3 of relation base/5/16400 is uninitialized",
+        ] {
+            assert_eq!(missing_page(other), None, "{other}");
+        }
+    }
 }
