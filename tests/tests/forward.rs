@@ -1,7 +1,8 @@
 //! Native replay against PostgreSQL's own recovery: the same base, the same log, the same files.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -19,8 +20,13 @@ impl Twice {
     /// Restores into a directory of that name, not started.
     #[track_caller]
     fn restore(&self, name: &str, args: &[&str]) -> (Cluster, Value) {
+        self.restore_archiving(name, "off", args)
+    }
+
+    #[track_caller]
+    fn restore_archiving(&self, name: &str, mode: &str, args: &[&str]) -> (Cluster, Value) {
         let dir = self.site.scratch.fresh_path(name);
-        let mut all: Vec<String> = ["restore", "--data-dir", dir.to_str().unwrap(), "--archive-mode", "off"]
+        let mut all: Vec<String> = ["restore", "--data-dir", dir.to_str().unwrap(), "--archive-mode", mode]
             .iter()
             .map(|s| (*s).to_owned())
             .collect();
@@ -384,4 +390,171 @@ fn what_was_interrupted_is_taken_up_again() {
     let mut native = Cluster::with_data_dir(&name, &twice.site.scratch, dir);
     Twice::recover(&mut native, true);
     assert_no_difference("after five kills", server.data_dir(), native.data_dir());
+}
+
+#[test]
+fn a_base_from_a_standby_is_replayed_to_the_same_files() {
+    let site = Site::new("forward-standby");
+    let builder = site.builder("db").settings(load::SETTINGS).segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder);
+    cluster.pgbench_init(1);
+    load::prepare(&cluster);
+    let standby = cluster.make_standby("standby");
+    let bench = cluster.pgbench_background(&["-c", "2", "-R", "100", "-T", "300"]);
+    cluster.query("checkpoint");
+    standby.wait_caught_up(&cluster);
+    // Its end is a position that the standby replayed, in a segment that only the primary can end.
+    let mut running =
+        site.waltide.spawn(["backup", "--data-dir", standby.data_dir().to_str().unwrap(), "--json"]);
+    while running.is_running() {
+        cluster.query("update t set k = k + 1 where id % 50 = 0");
+        cluster.switch_wal();
+    }
+    let backup: Value = serde_json::from_str(&running.wait().assert_ok().stdout).unwrap();
+    assert_eq!(backup["from_standby"], true, "{backup}");
+    let mut chance = Chance::new();
+    for _ in 0..8 {
+        load::step(&cluster, &mut chance);
+    }
+    bench.terminate();
+    let lsn = checkpoint_and_more(&cluster, &mut chance);
+    let replayed = Twice { site, backup }.assert_same(&lsn, &["--memory", "1MB"]);
+    assert!(replayed["pages"].as_u64().unwrap() > 100, "{replayed}");
+}
+
+#[test]
+fn a_promotion_inside_the_range_is_followed_to_the_same_files() {
+    let site = Site::new("forward-promotion");
+    let builder = site.builder("db").settings(load::SETTINGS).segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder);
+    cluster.pgbench_init(1);
+    load::prepare(&cluster);
+    let backup = site.back_up(&cluster);
+    let mut chance = Chance::new();
+    let mut standby = cluster.make_standby("standby");
+    for _ in 0..4 {
+        load::step(&cluster, &mut chance);
+    }
+    cluster.pgbench(&["-c", "2", "-t", "200"]);
+    cluster.query("create table forked (id int); insert into forked select generate_series(1, 5000)");
+    cluster.archive_all();
+    cluster.query("insert into forked values (0)");
+    standby.wait_caught_up(&cluster);
+    standby.set("archive_mode", "on");
+    standby.restart();
+    standby.promote();
+    // Both go on from the middle of a segment; what the old one does is on no way to the target.
+    cluster.query("delete from forked; vacuum forked; drop table t");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    standby.query("update forked set id = -id where id % 7 = 0");
+    for _ in 0..4 {
+        load::step(&standby, &mut chance);
+    }
+    standby.pgbench(&["-c", "2", "-t", "200"]);
+    let lsn = checkpoint_and_more(&standby, &mut chance);
+    let twice = Twice { site, backup };
+    let replayed = twice.assert_same(&lsn, &["--memory", "1MB"]);
+    assert_eq!(replayed["timeline"], 2, "{replayed}");
+}
+
+#[test]
+fn a_timeline_that_begins_with_the_checkpoint_is_followed_to_the_same_files() {
+    let site = Site::new("forward-fork");
+    let builder = site.builder("db").settings(load::SETTINGS).segment_mb(1).setting("autovacuum", "off");
+    let mut cluster = site.start(builder);
+    cluster.pgbench_init(1);
+    load::prepare(&cluster);
+    let backup = site.back_up(&cluster);
+    cluster.pgbench(&["-c", "2", "-t", "200"]);
+    let mut chance = Chance::new();
+    let lsn = checkpoint_and_more(&cluster, &mut chance);
+    cluster.query("create table lost as select generate_series(1, 5000) as id");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    cluster.stop(StopMode::Fast);
+    let twice = Twice { site, backup };
+    // A recovery that ends at its target begins its timeline with a checkpoint, whose redo point is the fork.
+    let (mut second, _) = twice.restore_archiving("second", "preserve", &["--target-lsn", &lsn]);
+    second.start();
+    second.wait_promoted();
+    second.query("create table kept as select generate_series(1, 5000) as id");
+    let end = second.query("select pg_current_wal_insert_lsn()");
+    second.query("select pg_logical_emit_message(false, 'waltide', 'the target')");
+    second.archive_all();
+    let replayed = twice.assert_same(&end, &["--memory", "1MB"]);
+    assert_eq!(replayed["timeline"], 2, "{replayed}");
+    assert_eq!(replayed["checkpoint"], replayed["redo"], "{replayed}");
+}
+
+/// A file system of its own, unmounted when dropped.
+struct SmallPlace(PathBuf);
+
+impl SmallPlace {
+    /// None where this process may not mount one.
+    fn new(site: &Site, megabytes: u64) -> Option<Self> {
+        let dir = site.scratch.dir("small");
+        let options = format!("size={megabytes}m,mode=0777");
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "waltide-test"]).arg(&dir).output();
+        match mount {
+            Ok(out) if out.status.success() => Some(Self(dir)),
+            failed => {
+                eprintln!("skipped: no small file system can be mounted here: {failed:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallPlace {
+    fn drop(&mut self) {
+        // What works in it was killed when its cluster was dropped.
+        let done = Command::new("umount").arg(&self.0).status();
+        assert!(
+            done.is_ok_and(|status| status.success()) || std::thread::panicking(),
+            "{}",
+            self.0.display()
+        );
+    }
+}
+
+#[test]
+fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
+    let site = Site::new("forward-room");
+    // The files fit; what is kept of the log, which is more, does not.
+    let Some(small) = SmallPlace::new(&site, 100) else { return };
+    // Without images of pages all of it is kept, and recovery, which has a checkpoint now and then, keeps few segments.
+    let builder = site.builder("db").checksums(false).segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder.setting("full_page_writes", "off").setting("max_wal_size", "8MB"));
+    cluster.query("create table t (id int primary key, filler text) with (fillfactor = 50)");
+    cluster.query("alter table t alter filler set storage plain");
+    cluster.query("insert into t select g, repeat('x', 1000) from generate_series(1, 100) g");
+    site.back_up(&cluster);
+    cluster.query("checkpoint");
+    let change = "update t set filler = (select string_agg(md5((random() + id + g)::text), '') from generate_series(1, 40) g)";
+    let begin = cluster.query("select pg_current_wal_insert_lsn()");
+    cluster.query(&format!("do $$ begin for n in 1..1000 loop {change}; commit; end loop; end $$"));
+    let written =
+        cluster.query(&format!("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '{begin}')::bigint"));
+    assert!(written.parse::<u64>().unwrap() > 120 << 20, "{written}");
+    cluster.query("checkpoint");
+    cluster.query("insert into t values (0, 'behind the checkpoint')");
+    cluster.archive_all();
+    let expected = cluster.query("select md5(string_agg(t::text, ',' order by id)) from t");
+    let dir = small.0.join("native");
+    let fixed = ["restore", "--archive-mode", "off", "--memory", "1MB", "--data-dir", dir.to_str().unwrap()];
+    let failed = site.waltide.fails(1, fixed.iter().chain(&["--replay", "native"]));
+    assert!(failed.stderr.contains("what is set aside of the log could not be"), "{failed:?}");
+    assert!(failed.stderr.contains("No space left on device"), "{failed:?}");
+    assert!(std::fs::read_dir(&small.0).unwrap().next().is_none(), "nothing is left: {failed:?}");
+    let out = site.waltide.ok(fixed);
+    assert!(out.stderr.contains("No space left on device"), "{out:?}");
+    assert!(out.stderr.contains("PostgreSQL replays everything"), "{out:?}");
+    let mut restored = Cluster::with_data_dir("restored", &site.scratch, &dir);
+    restored.start();
+    restored.wait_promoted();
+    assert_eq!(restored.query("select md5(string_agg(t::text, ',' order by id)) from t"), expected);
+    drop(restored);
+    drop(small);
 }
