@@ -491,8 +491,10 @@ fn a_partitioned_table_is_truncated_where_all_its_partitions_are() {
     let (south, _) = site.does("postgres", "truncate south");
     let (north, _) = site.does("postgres", "truncate north");
     let late = site.journal.step(&site.cluster, "before it is truncated once more").committed_at;
-    site.sql("postgres", "vacuum full pg_inherits");
     site.sql("postgres", "alter table sales detach partition north");
+    // That is known from the catalogue's first file alone; the step of 16 behind it is of where it was moved.
+    site.sql("postgres", &Site::pad(16));
+    site.sql("postgres", "vacuum full pg_inherits");
     site.sql("postgres", fill.split(';').next().unwrap());
     // All that it has left.
     let (rest, before_rest) =
