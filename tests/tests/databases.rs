@@ -237,3 +237,41 @@ fn refusals(databases: &Databases, target: &[&str]) {
     }
     assert!(!dir.exists());
 }
+
+#[test]
+fn a_page_of_the_database_that_is_not_there_is_a_fault() {
+    let site = Site::new("databases-missing");
+    let builder = site.builder("db").segment_mb(1).checksums(false).setting("autovacuum", "off");
+    let mut cluster = site.start(builder.setting("full_page_writes", "off"));
+    for database in ["broken", "whole"] {
+        cluster.query(&format!("create database {database}"));
+        sql(&cluster, database, "create table t (id int, n int) with (fillfactor = 50)");
+        sql(&cluster, database, "insert into t select n, 0 from generate_series(1, 1000) n");
+        sql(&cluster, database, "vacuum t; checkpoint");
+    }
+    let file = cluster.data_dir().join(sql(&cluster, "broken", "select pg_relation_filepath('t')"));
+    cluster.stop(StopMode::Fast);
+    let there = std::fs::read(&file).unwrap();
+    std::fs::write(&file, vec![0; there.len()]).unwrap();
+    cluster.start();
+    // The backup has the table's pages empty; the log behind it changes pages that are full, and has no images of them.
+    site.back_up(&cluster);
+    cluster.stop(StopMode::Fast);
+    std::fs::write(&file, there).unwrap();
+    cluster.start();
+    for database in ["broken", "whole"] {
+        sql(&cluster, database, "update t set n = 1 where id = 7");
+    }
+    cluster.archive_all();
+    // The restored server listens where the old one did.
+    cluster.stop(StopMode::Fast);
+    for (database, status) in [("broken", 3), ("whole", 0)] {
+        let dir = site.scratch.fresh_path(database);
+        let args = ["restore", "--data-dir", text(&dir), "--database", database, "--start"];
+        let out = site.waltide.run(args).assert_status(status);
+        let said = "recovery needed a page of what was restored, which is not there: ";
+        assert_eq!(out.stderr.contains(said), status == 3, "{}", out.describe());
+        let stop = cluster.install().runner("pg_ctl").args(["stop", "-m", "fast", "-D", text(&dir)]);
+        stop.run().assert_ok();
+    }
+}

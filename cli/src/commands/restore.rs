@@ -282,6 +282,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     };
     let restore = Restore::prepare(&archive, &layout, &plan, options).await.map_err(failed)?;
     let actions = restore.actions();
+    let selection = databases.as_ref().and_then(ChosenDatabases::selection);
     let part = match databases {
         Some(databases) => Some(Part { databases, reads: restore.reads().map_err(failed)? }),
         None => None,
@@ -306,7 +307,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     if let Some(server) = server {
         let (data_dir, plan, progress) = (actions.data_dir.clone(), plan.clone(), Arc::clone(&progress));
         let started = tokio::task::spawn_blocking(move || {
-            server.start(&data_dir, &plan, args.standby, progress.as_ref())
+            server.start(&data_dir, &plan, selection.as_ref(), args.standby, progress.as_ref())
         });
         outcome = Some(started.await.map_err(|e| Failure::failed("the server could not be watched", e))??);
     }
@@ -315,6 +316,11 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let answer = Answer { dry_run: false, plan: &plan, actions, part, restored: done, outcome };
     output::answer(context, &answer, || told(&plan, part, &restored, outcome))?;
     match outcome {
+        Some(Outcome { missing_page: Some(line), .. }) => {
+            let text = format!("recovery needed a page of what was restored, which is not there: {line}");
+            Err(Failure::message(3, text)
+                .hint("run `waltide verify`, and restore everything, without --database"))
+        }
         Some(Outcome { as_planned: Some(false), reached_lsn: Some(reached), .. }) => {
             let text = format!("recovery ended at {reached}, planned was {}", plan.stop.lsn);
             Err(Failure::message(1, text).hint("look at the server's log before you use this cluster"))

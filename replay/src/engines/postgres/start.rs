@@ -1,19 +1,20 @@
 //! Starts PostgreSQL on a restored cluster and watches until recovery has come to its end.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile, History};
+use waltide_format::engines::postgres::cluster::{ClusterState, ControlFile, History, RelationSegment};
 use waltide_format::{Lsn, PgMajor, TimelineId};
 use waltide_storage::Progress;
 
 use super::install::{InstallError, Installation};
 use super::restore::Owner;
+use super::selection::Selection;
 use crate::plan::Plan;
 use crate::resolve::StopKind;
 use crate::target::TargetAction;
@@ -80,6 +81,8 @@ pub struct Outcome {
     pub as_planned: Option<bool>,
     /// The last transaction's time, as the server says it.
     pub last_xact_time: Option<String>,
+    /// What the server said of a page that recovery needed of what was restored, and that is not there.
+    pub missing_page: Option<String>,
     /// Seconds from the start until the target.
     pub seconds: f64,
     /// Where the server writes.
@@ -114,11 +117,13 @@ impl Server {
         command
     }
 
-    /// Starts the server on `data_dir` and waits until it has done what the plan says. Blocks.
+    /// Starts the server on `data_dir` and waits until it has done what the plan says. Blocks. `selection` is what was
+    /// restored, where that is not everything.
     pub fn start(
         &self,
         data_dir: &Path,
         plan: &Plan,
+        selection: Option<&Selection>,
         standby: bool,
         progress: &dyn Progress,
     ) -> Result<Outcome, StartError> {
@@ -152,7 +157,9 @@ impl Server {
                 },
             };
             if let Some(state) = state {
-                return Ok(self.outcome(data_dir, plan, state, postmaster.as_ref(), started));
+                let missing_page = selection.and_then(|selection| missing_page(data_dir, selection));
+                let outcome = self.outcome(data_dir, plan, state, postmaster.as_ref(), started);
+                return Ok(Outcome { missing_page, ..outcome });
             }
             std::thread::sleep(POLL);
         }
@@ -217,6 +224,7 @@ impl Server {
             planned_lsn: plan.stop.lsn,
             as_planned,
             last_xact_time,
+            missing_page: None,
             seconds: started.elapsed().as_secs_f64(),
             log: data_dir.join(LOG),
         }
@@ -319,6 +327,33 @@ fn newest_history(data_dir: &Path, after: TimelineId) -> Option<History> {
     History::parse(timeline, &fs::read(path).ok()?).ok()
 }
 
+/// The files that a server has logged to since it was started.
+fn logs(data_dir: &Path) -> Vec<PathBuf> {
+    let own = fs::read_to_string(data_dir.join("current_logfiles")).unwrap_or_default();
+    let own = own.lines().filter_map(|line| line.split_once(' ')).map(|(_, path)| data_dir.join(path));
+    std::iter::once(data_dir.join(LOG)).chain(own).collect()
+}
+
+/// A line of the log that names a file of what was restored. Where not everything was, recovery goes on over pages that
+/// are not there, and names the file of each; in whatever language, for that is not translated.
+fn missing_page(data_dir: &Path, selection: &Selection) -> Option<String> {
+    for log in logs(data_dir) {
+        let Ok(file) = fs::File::open(&log) else { continue };
+        let lines = io::BufReader::new(file).split(b'\n').map_while(Result::ok);
+        let mut lines = lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+        if let Some(line) = lines.find(|line| names_file(line, selection)) {
+            return Some(line);
+        }
+    }
+    None
+}
+
+fn names_file(line: &str, selection: &Selection) -> bool {
+    let words = line.split(|c: char| !(c.is_ascii_alphanumeric() || "/_.".contains(c)));
+    let mut files = words.filter_map(RelationSegment::locate);
+    files.any(|(relation, part)| !part.temporary && selection.wants(relation))
+}
+
 /// The last lines of what the server wrote before its own log took over, and of that log.
 fn tail(data_dir: &Path) -> String {
     let own = fs::read_to_string(data_dir.join("current_logfiles")).unwrap_or_default();
@@ -341,4 +376,27 @@ fn read_end(path: &Path) -> io::Result<String> {
     let mut end = Vec::new();
     file.take(16 << 10).read_to_end(&mut end)?;
     Ok(String::from_utf8_lossy(&end).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn only_files_of_what_was_restored_are_a_fault() {
+        let selection = Selection::databases(BTreeSet::from([5]));
+        for (line, is_fault) in [
+            ("WARNING:  page 3 of relation base/5/16400 is uninitialized", true),
+            ("WARNUNG:  Seite 3 von Relation base/5/16400_vm existiert nicht", true),
+            ("a,\"page 3 of relation pg_tblspc/16390/PG_15_202209061/5/16400 is uninitialized\",,", true),
+            ("WARNING:  page 3 of relation global/1262 does not exist", true),
+            ("WARNING:  page 3 of relation base/4/16400 is uninitialized", false),
+            ("WARNING:  page 3 of relation pg_tblspc/16390/PG_15_202209061/4/16400 is uninitialized", false),
+            ("LOG:  restored log file \"000000010000000000000005\" from archive", false),
+        ] {
+            assert_eq!(names_file(line, &selection), is_fault, "{line}");
+        }
+    }
 }
