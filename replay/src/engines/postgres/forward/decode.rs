@@ -8,8 +8,8 @@ use waltide_format::engines::postgres::wal::{
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator};
 
 use super::super::redo;
-use super::buffers::{Buffer, Buffers};
 use super::newer::Newer;
+use super::pool::{Pool, Pooled};
 
 /// A record with more data than this besides its pages is not copied for each of them.
 const MAIN_DATA_MAX: usize = 64 << 10;
@@ -34,7 +34,7 @@ pub(super) enum How {
 }
 
 /// What a record does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Deed {
     /// It changes a page; `anew` where nothing of the page as it was is needed.
     Page { tag: PageTag, how: How, anew: bool },
@@ -74,7 +74,7 @@ pub(super) struct Span {
 /// What a segment's records do, in their order.
 #[derive(Debug, Default)]
 pub(super) struct Decoded {
-    arena: Buffer,
+    arena: Vec<u8>,
     records: Vec<Span>,
     /// Each with the record's place among the records.
     pub(super) deeds: Vec<(usize, Deed)>,
@@ -97,7 +97,7 @@ struct Seen {
 }
 
 /// What a record that was seen does.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Noted {
     /// The record's place among those that were seen.
     record: usize,
@@ -108,11 +108,18 @@ struct Noted {
 
 /// What a segment's records do, before it is known which of it matters.
 #[derive(Debug, Default)]
-struct Draft {
+pub(super) struct Draft {
     seen: Vec<Seen>,
     notes: Vec<Noted>,
     settings: Vec<(Lsn, ParameterChange)>,
     count: u64,
+}
+
+/// Where what segments were taken apart with waits for the next.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pools {
+    drafts: Pool<Draft>,
+    decoded: Pool<Decoded>,
 }
 
 /// Why a segment was not taken apart.
@@ -154,15 +161,16 @@ pub(super) fn decode_segment(
     expected: Expected<'_>,
     wanted: Wanted,
     newer: &Newer,
-    arenas: &Buffers,
-) -> Result<Decoded, DecodeError> {
+    pools: &Pools,
+) -> Result<Pooled<Decoded>, DecodeError> {
     let stream = RecordStream::new(wal, span, expected, None).map_err(DecodeError::Damage)?;
     let mut stream = match next {
         Some(next) => stream.with_next(next),
         None => stream,
     };
     let major = stream.major();
-    let mut draft = Draft::default();
+    let mut draft = pools.drafts.take();
+    draft.clear();
     let mut unfinished = None;
     loop {
         match stream.next_record().map_err(DecodeError::Damage)? {
@@ -177,42 +185,62 @@ pub(super) fn decode_segment(
         }
     }
     let stretch = draft.leave_out(newer);
-    let mut decoded = draft.copy(major, arenas, |seen, bytes| {
+    let mut decoded = pools.decoded.take();
+    let copied = draft.copy(major, &mut decoded, |seen, bytes| {
         let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
         copy_record(wal, next, at, seen.bytes, bytes)
     });
-    if let Ok(decoded) = &mut decoded {
-        (decoded.unfinished, decoded.stretch) = (unfinished, stretch);
-    }
-    decoded.map_err(DecodeError::Damage)
+    copied.map_err(DecodeError::Damage)?;
+    (decoded.unfinished, decoded.stretch) = (unfinished, stretch);
+    Ok(decoded)
 }
 
 /// Takes one record apart that was put together elsewhere.
 pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
-    let mut draft = Draft::default();
+    let (mut draft, mut decoded) = (Draft::default(), Decoded::default());
     draft.add(record).map_err(DecodeError::Unknown)?;
-    let copied = draft.copy(record.major, &Buffers::default(), |_, bytes| {
+    let copied = draft.copy(record.major, &mut decoded, |_, bytes| {
         bytes.extend_from_slice(record.bytes());
         Some(())
     });
-    copied.map_err(DecodeError::Damage)
+    copied.map_err(DecodeError::Damage)?;
+    Ok(decoded)
 }
 
 impl Decoded {
+    /// Forgets everything, and keeps the memory.
+    fn clear(&mut self) {
+        let Self { arena, records, deeds, settings, unfinished, count, stretch } = self;
+        arena.clear();
+        records.clear();
+        deeds.clear();
+        settings.clear();
+        (*unfinished, *count, *stretch) = (None, 0, 0);
+    }
+
     /// A record's bytes and place.
     pub(super) fn record(&self, number: usize) -> Option<(Span, &[u8])> {
         let span = *self.records.get(number)?;
         Some((span, self.arena.get(span.from..span.from.saturating_add(span.bytes))?))
     }
 
-    fn keep(&mut self, seen: Seen, bytes: &[u8], arena: &mut Vec<u8>) {
-        let from = arena.len();
-        arena.extend_from_slice(bytes);
+    fn keep(&mut self, seen: Seen, bytes: &[u8]) {
+        let from = self.arena.len();
+        self.arena.extend_from_slice(bytes);
         self.records.push(Span { start: seen.start, end: seen.end, from, bytes: bytes.len() });
     }
 }
 
 impl Draft {
+    /// Forgets everything, and keeps the memory.
+    fn clear(&mut self) {
+        let Self { seen, notes, settings, count } = self;
+        seen.clear();
+        notes.clear();
+        settings.clear();
+        *count = 0;
+    }
+
     fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
@@ -326,20 +354,22 @@ impl Draft {
         newer.stretch()
     }
 
-    /// Copies the records of which something is left; `read` puts a record's bytes behind what it is given.
+    /// Copies the records of which something is left in place of what `decoded` holds; `read` puts a record's bytes behind
+    /// what it is given.
     fn copy(
-        self,
+        &self,
         major: PgMajor,
-        arenas: &Buffers,
+        decoded: &mut Decoded,
         mut read: impl FnMut(Seen, &mut Vec<u8>) -> Option<()>,
-    ) -> Result<Decoded, Damage> {
-        let Self { seen, notes, settings, count } = self;
-        let mut decoded = Decoded { settings, count, ..Decoded::default() };
-        let (mut arena, mut bytes, mut blocks) = (arenas.take(), Vec::new(), Vec::new());
+    ) -> Result<(), Damage> {
+        decoded.clear();
+        decoded.settings.extend_from_slice(&self.settings);
+        decoded.count = self.count;
+        let (mut bytes, mut blocks) = (Vec::new(), Vec::new());
         // The record whose bytes are at hand, and whether it was kept whole.
         let mut at_hand: Option<(usize, bool)> = None;
-        for Noted { record: number, deed, is_cut } in notes {
-            let Some(record) = seen.get(number).copied() else { continue };
+        for Noted { record: number, deed, is_cut } in self.notes.iter().copied() {
+            let Some(record) = self.seen.get(number).copied() else { continue };
             let changed = |corrupt| Damage { lsn: record.start, record: Some(record.start), corrupt };
             let mut is_kept = at_hand.is_some_and(|(n, is_kept)| n == number && is_kept);
             if at_hand.is_none_or(|(n, _)| n != number) {
@@ -353,18 +383,17 @@ impl Draft {
                     _ => None,
                 };
                 let whole = Record::decode(&bytes, record.start, record.end, major, &mut blocks);
-                decoded.keep(record, &whole.map_err(changed)?.for_block(id), &mut arena);
+                decoded.keep(record, &whole.map_err(changed)?.for_block(id));
                 // What follows of this record refers to its last copy.
                 is_kept = false;
             } else if !is_kept {
-                decoded.keep(record, &bytes, &mut arena);
+                decoded.keep(record, &bytes);
                 is_kept = true;
             }
             at_hand = Some((number, is_kept));
             decoded.deeds.push((decoded.records.len().saturating_sub(1), deed));
         }
-        decoded.arena = arenas.wrap(arena);
-        Ok(decoded)
+        Ok(())
     }
 }
 

@@ -3,11 +3,11 @@
 //! from which PostgreSQL's own recovery goes on. Facts: docs/wal.md, "Redo".
 
 mod apply;
-mod buffers;
 mod decode;
 mod keep;
 mod newer;
 mod point;
+mod pool;
 mod scan;
 mod spill;
 

@@ -11,13 +11,14 @@ use waltide_storage::Progress;
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::restore::blocking;
 use super::ForwardError;
-use super::buffers::{Buffer, Buffers};
-use super::decode::{DecodeError, Decoded, Wanted, decode_record, decode_segment};
+use super::decode::{DecodeError, Decoded, Pools, Wanted, decode_record, decode_segment};
 use super::keep::{Keeper, Log};
 use super::newer::Newer;
 use super::point::LogSegment;
+use super::pool::{Pool, Pooled};
 
-type Taken = Result<Decoded, DecodeError>;
+type Taken = Result<Pooled<Decoded>, DecodeError>;
+type Bytes = Arc<Pooled<Vec<u8>>>;
 
 /// Keeps what matters of the records in a range of the log.
 pub(super) async fn scan(
@@ -32,24 +33,25 @@ pub(super) async fn scan(
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))
         .collect();
-    let (buffers, arenas) = (&Buffers::default(), Buffers::default());
+    let (buffers, pools) = (&Pool::default(), Pools::default());
     // A segment is also read for the end of a record that begins in the one before.
     let read = |number: usize| async move {
         let Some(segment) = segments.get(number) else { return Ok((number, Arc::default())) };
-        let read = indexes.wal_into(&segment.entry, buffers.take()).await;
-        read.map(|wal| (number, Arc::new(buffers.wrap(wal))))
+        let mut wal = buffers.take();
+        *wal = indexes.wal_into(&segment.entry, std::mem::take(&mut *wal)).await?;
+        Ok::<_, SearchError>((number, Arc::new(wal)))
     };
     let mut wals = stream::iter(numbers).map(read).buffered(threads.max(1));
-    let mut next: Option<(usize, Arc<Buffer>)> = None;
+    let mut next: Option<(usize, Bytes)> = None;
     let mut taking: VecDeque<(Wal, tokio::task::JoinHandle<Taken>)> = VecDeque::new();
     loop {
-        let wal: Option<(usize, Arc<Buffer>)> = wals.try_next().await?;
+        let wal: Option<(usize, Bytes)> = wals.try_next().await?;
         let more = wal.is_some();
         if let Some((number, wal)) = wal {
             let after = next.take().filter(|(n, _)| *n == number.saturating_add(1)).map(|(_, wal)| wal);
             next = Some((number, Arc::clone(&wal)));
-            let (segments, arenas) = (Arc::clone(segments), arenas.clone());
-            let wal = Wal { segments, number, here: wal, after, wanted, arenas };
+            let (segments, pools) = (Arc::clone(segments), pools.clone());
+            let wal = Wal { segments, number, here: wal, after, wanted, pools };
             let (task, newer) = (wal.clone(), keeper.newer().clone());
             taking.push_back((wal, tokio::task::spawn_blocking(move || task.take(&newer))));
         }
@@ -82,23 +84,23 @@ pub(super) async fn scan(
 struct Wal {
     segments: Arc<Vec<LogSegment>>,
     number: usize,
-    here: Arc<Buffer>,
-    after: Option<Arc<Buffer>>,
+    here: Bytes,
+    after: Option<Bytes>,
     wanted: Wanted,
-    arenas: Buffers,
+    pools: Pools,
 }
 
 impl Wal {
     fn take(&self, newer: &Newer) -> Taken {
-        let Some(segment) = self.segments.get(self.number) else { return Ok(Decoded::default()) };
+        let Some(segment) = self.segments.get(self.number) else { return Ok(Pooled::default()) };
         let info = &segment.entry.info;
         let Some(span) = SegmentSpan::containing(segment.start, info.size) else {
-            return Ok(Decoded::default());
+            return Ok(Pooled::default());
         };
         let expected = Expected { major: Some(info.major), ..Expected::default() };
         let wanted = Wanted { until: self.wanted.until.min(segment.usable_end), ..self.wanted };
-        let after = self.after.as_deref().map(|wal| &**wal);
-        decode_segment(&self.here, after, span, expected, wanted, newer, &self.arenas)
+        let after = self.after.as_ref().map(|wal| wal.as_slice());
+        decode_segment(&self.here, after, span, expected, wanted, newer, &self.pools)
     }
 }
 
@@ -117,7 +119,7 @@ async fn long_record(
     at: Lsn,
 ) -> Result<Option<Decoded>, ForwardError> {
     let entries: Vec<_> = segments.iter().skip(number).map(|s| &s.entry).collect();
-    let look = move |record: &Record<'_>| -> Option<Option<Taken>> {
+    let look = move |record: &Record<'_>| -> Option<Option<Result<Decoded, DecodeError>>> {
         (record.start >= at).then(|| (record.start == at).then(|| decode_record(record)))
     };
     let found = indexes.records(&entries, look).await?;
