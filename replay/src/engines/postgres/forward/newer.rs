@@ -96,3 +96,45 @@ impl Newer {
         std::mem::take(&mut newer.made_anew)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn tag() -> impl Strategy<Value = PageTag> {
+        let block = prop_oneof![0u32..3, PART_BLOCKS - 2..PART_BLOCKS + 2, 60u32..70, u32::MAX - 1..u32::MAX];
+        let fork = prop_oneof![Just(ForkNumber::Main), Just(ForkNumber::Vm)];
+        (0u32..2, 0u32..2, fork, block).prop_map(|(db_oid, rel_number, fork, block)| {
+            let relation = RelFileLocator { spc_oid: 1663, db_oid, rel_number };
+            PageTag { relation, fork, block }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_made_anew_is_what_was_put_in_and_what_its_database_took_along(
+            put in proptest::collection::vec(tag(), 0..60),
+            lost in proptest::option::of(0u32..2),
+            asked in proptest::collection::vec(tag(), 0..60),
+        ) {
+            let newer = Newer::default();
+            for tag in &put {
+                newer.write().made_anew_mut().insert(*tag);
+            }
+            if let Some(db_oid) = lost {
+                newer.write().made_anew_mut().lose_database(1663, db_oid);
+            }
+            for tag in asked.iter().chain(&put) {
+                let expected = put.contains(tag) || lost == Some(tag.relation.db_oid);
+                prop_assert_eq!(newer.read().makes_anew(*tag), expected);
+            }
+            prop_assert_eq!(newer.read().stretch(), 0);
+            let before = newer.begin_stretch();
+            prop_assert_eq!(newer.read().stretch(), 1);
+            for tag in &put {
+                prop_assert!(before.contains(*tag) && !newer.read().makes_anew(*tag));
+            }
+        }
+    }
+}
