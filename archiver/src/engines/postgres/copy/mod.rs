@@ -1,5 +1,7 @@
 //! Files into packs, on several threads: read, checked, compressed, put.
 
+mod run;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -8,10 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-use waltide_format::archive::{Extent, FRAME_BYTES_MAX, FrameCompressor, PackBuilder, SystemLayout};
+use waltide_format::archive::{Extent, FrameCompressor, PackBuilder, SystemLayout};
 use waltide_format::{BLOCK_BYTES, BackupId, Lsn};
 use waltide_storage::{Archive, Bytes, Progress, StorageError};
 
+use self::run::ExtentRun;
 use super::checksum::Checksum;
 use super::control::ControlFileError;
 use super::files::SourceFile;
@@ -463,12 +466,6 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Whether `bytes` from block `first` on end where block `next` starts.
-fn is_next(first: u32, bytes: usize, next: u32) -> bool {
-    let at = |block: u32| u64::from(block).saturating_mul(BLOCK_BYTES as u64);
-    at(first).saturating_add(bytes as u64) == at(next)
-}
-
 /// Reads until the buffer is full or the file ends.
 fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut done = 0usize;
@@ -481,59 +478,4 @@ fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
         }
     }
     Ok(done)
-}
-
-/// The extents of a stretch; zeros right behind zeros make one extent, as long as an extent may be.
-#[derive(Default)]
-struct ExtentRun {
-    extents: Vec<Extent>,
-    zeros: Option<(u32, usize)>,
-}
-
-impl ExtentRun {
-    fn push(&mut self, extent: Extent) {
-        self.end_zeros();
-        self.extents.push(extent);
-    }
-
-    fn zeros(&mut self, first_block: u32, raw: &[u8]) {
-        match &mut self.zeros {
-            Some((first, bytes))
-                if bytes.saturating_add(raw.len()) <= FRAME_BYTES_MAX
-                    && is_next(*first, *bytes, first_block) =>
-            {
-                *bytes = bytes.saturating_add(raw.len());
-            }
-            _ => {
-                self.end_zeros();
-                self.zeros = Some((first_block, raw.len()));
-            }
-        }
-    }
-
-    fn end_zeros(&mut self) {
-        let Some((first_block, bytes)) = self.zeros.take() else { return };
-        let mut crc = crc32fast::Hasher::new();
-        let zeros = [0; BLOCK_BYTES];
-        let mut left = bytes;
-        while left > 0 {
-            let some = zeros.get(..left.min(BLOCK_BYTES)).unwrap_or(&zeros);
-            crc.update(some);
-            left = left.saturating_sub(some.len());
-        }
-        let raw_bytes = u32::try_from(bytes).expect("at most FRAME_BYTES_MAX");
-        self.extents.push(Extent {
-            pack: 0,
-            offset: 0,
-            stored_bytes: 0,
-            first_block,
-            raw_bytes,
-            crc: crc.finalize(),
-        });
-    }
-
-    fn finish(mut self) -> Vec<Extent> {
-        self.end_zeros();
-        self.extents
-    }
 }
