@@ -11,9 +11,9 @@ use crate::context::Context;
 use crate::exit::Failure;
 use crate::output;
 
-/// Take in a base backup that pg_basebackup made: a directory of files, or of plain tar archives
+/// Take in a base backup that pg_basebackup made: a directory of files, or of tar archives
 ///
-/// Every file is checked against its backup_manifest. WAL that came with the backup and is not in the archive is
+/// The archives may be compressed with gzip, LZ4 or zstd. Every file is checked against its backup_manifest. WAL that came with the backup and is not in the archive is
 /// shipped. The backup's own directory is not changed, and not needed afterwards.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -58,6 +58,17 @@ pub enum ScanError {
     },
 }
 
+/// How a file's bytes lie in their source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lies {
+    /// They are all that is there, and may have become more or fewer since.
+    Alone,
+    /// From this byte on, among others, as many as there were.
+    From(u64),
+    /// Somewhere in what a compressed source gives, which can only be read from its start.
+    Compressed,
+}
+
 /// A file to be taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceFile {
@@ -65,8 +76,8 @@ pub struct SourceFile {
     pub path: String,
     /// Where its bytes are.
     pub source: PathBuf,
-    /// Where in `source` they start, for a file inside a tar archive; its length is then what it was.
-    pub inside_at: Option<u64>,
+    /// How they lie there.
+    pub lies: Lies,
     /// How many there were when it was found.
     pub bytes: u64,
     /// Permission bits.
@@ -291,7 +302,7 @@ impl Walk<'_> {
             self.scan.files.push(SourceFile {
                 path,
                 source: entry.path,
-                inside_at: None,
+                lies: Lies::Alone,
                 bytes: about.len(),
                 mode: about.mode() & 0o7777,
                 modified: about.mtime(),

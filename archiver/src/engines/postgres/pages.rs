@@ -43,7 +43,7 @@ impl PageRule {
         block: BlockNumber,
         mut read_again: impl FnMut(&mut [u8; BLOCK_BYTES]) -> bool,
     ) -> Verdict {
-        if data_page::is_intact(page, block) {
+        if self.judge_once(page, block) == Verdict::Good {
             return Verdict::Good;
         }
         for read in 0..READS {
@@ -53,17 +53,22 @@ impl PageRule {
                 return Verdict::Good;
             }
             *page = again;
-            if data_page::is_intact(page, block) {
-                return Verdict::Good;
-            }
-            if data_page::lsn(page) >= self.start_lsn {
-                return Verdict::BeingWritten(data_page::lsn(page));
-            }
-            if read > 0 {
-                std::thread::sleep(PAUSE);
+            match self.judge_once(page, block) {
+                Verdict::Damaged(_) if read > 0 => std::thread::sleep(PAUSE),
+                Verdict::Damaged(_) => {}
+                verdict => return verdict,
             }
         }
         Verdict::Damaged(data_page::lsn(page))
+    }
+
+    /// Judges a page as it is, which nobody is writing any more.
+    pub(super) fn judge_once(&self, page: &[u8; BLOCK_BYTES], block: BlockNumber) -> Verdict {
+        match data_page::lsn(page) {
+            _ if data_page::is_intact(page, block) => Verdict::Good,
+            lsn if lsn >= self.start_lsn => Verdict::BeingWritten(lsn),
+            lsn => Verdict::Damaged(lsn),
+        }
     }
 }
 

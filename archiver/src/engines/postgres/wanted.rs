@@ -129,6 +129,7 @@ pub(super) fn touch_damaged(parent: &Manifest, changed: &mut ChangedBlocks, segm
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::files::Lies;
     use super::*;
 
     const PAGE: u64 = BLOCK_BYTES as u64;
@@ -206,7 +207,7 @@ mod tests {
         let source = |path: &str| SourceFile {
             path: path.to_owned(),
             source: path.into(),
-            inside_at: None,
+            lies: Lies::Alone,
             bytes: 9 * PAGE,
             mode: 0o600,
             modified: 0,

@@ -353,6 +353,7 @@ impl Advance {
                 files: &scan.files,
                 checksums: &[],
                 wanted: &wanted,
+                streams: &[],
                 pages: control.has_data_checksums().then_some(rule),
                 threads,
                 level,

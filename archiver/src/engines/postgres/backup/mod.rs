@@ -409,6 +409,7 @@ async fn copy_files(
                 files: &scan.files,
                 checksums: &[],
                 wanted: &wanted,
+                streams: &[],
                 pages: how.pages,
                 threads: request.threads,
                 level: request.level,

@@ -1,6 +1,7 @@
 //! Files into packs, on several threads: read, checked, compressed, put.
 
 mod run;
+mod streams;
 
 use std::fs::File;
 use std::io;
@@ -15,9 +16,11 @@ use waltide_format::{BLOCK_BYTES, BackupId, Lsn};
 use waltide_storage::{Archive, Bytes, Progress, StorageError};
 
 use self::run::ExtentRun;
-use super::checksum::Checksum;
+pub(super) use self::streams::FileStream;
+use self::streams::{Feeder, Stretch, Taker};
+use super::checksum::{Checksum, Hasher};
 use super::control::ControlFileError;
-use super::files::SourceFile;
+use super::files::{Lies, SourceFile};
 use super::pages::{PageRule, Verdict};
 use super::wanted::Wanted;
 use crate::put::put_own;
@@ -88,6 +91,8 @@ pub(super) struct CopyJob<'a> {
     pub(super) checksums: &'a [Option<Checksum>],
     /// What of each file is read, by place; empty where everything is.
     pub(super) wanted: &'a [Wanted<'a>],
+    /// What gives the files that lie in something compressed.
+    pub(super) streams: &'a [&'a dyn FileStream],
     /// How pages are checked; none where they carry no checksums.
     pub(super) pages: Option<PageRule>,
     pub(super) threads: usize,
@@ -95,6 +100,13 @@ pub(super) struct CopyJob<'a> {
     pub(super) progress: &'a dyn Progress,
     /// Set when the copy is of no use any more.
     pub(super) stop: &'a AtomicBool,
+}
+
+impl CopyJob<'_> {
+    /// What a file's bytes must add up to, if somebody has said.
+    fn checksum(&self, file: usize) -> Option<&Checksum> {
+        self.checksums.get(file).and_then(Option::as_ref)
+    }
 }
 
 /// The file that is read when all others have been.
@@ -158,27 +170,37 @@ pub(super) fn copy(job: &CopyJob<'_>, runtime: &Handle, last: Option<Last<'_>>) 
         packs: AtomicU32::new(0),
         failed: AtomicBool::new(false),
     };
-    let threads = job.threads.clamp(1, shared.parts.len().max(1));
+    let threads = match job.streams {
+        [] => job.threads.clamp(1, shared.parts.len().max(1)),
+        _ => job.threads.max(1),
+    };
     let mut workers = std::thread::scope(|scope| {
-        let run = |first: bool| {
-            let shared = &shared;
+        let shared = &shared;
+        let run = |first: bool, taker: Option<Taker>| {
             scope.spawn(move || {
                 let mut worker = Worker::new(shared);
-                let done = worker.run().and_then(|()| if first { Ok(()) } else { worker.flush() });
-                match done {
-                    Ok(()) => Ok(worker),
-                    Err(e) => {
-                        shared.failed.store(true, Ordering::Relaxed);
-                        Err(e)
-                    }
-                }
+                let done = worker.run(taker).and_then(|()| if first { Ok(()) } else { worker.flush() });
+                done.map(|()| worker).inspect_err(|_| shared.failed.store(true, Ordering::Relaxed))
             })
         };
-        let handles: Vec<_> = (0..threads).map(|i| run(i == 0)).collect();
+        let (feeder, taker) = match job.streams {
+            [] => (None, None),
+            _ => Some(streams::pipe(threads)).unzip(),
+        };
+        let feed = |feeder: Feeder| {
+            scope.spawn(move || {
+                feeder.run(shared).inspect_err(|_| shared.failed.store(true, Ordering::Relaxed))
+            })
+        };
+        let feeding = feeder.map(feed);
+        let handles: Vec<_> = (0..threads).map(|i| run(i == 0, taker.clone())).collect();
+        drop(taker);
         let joined = handles.into_iter().map(|h| h.join().expect("a copying thread does not panic"));
         // The first failure is the cause of the others, which only say that they were interrupted.
         let (done, failed): (Vec<_>, Vec<_>) = joined.partition(Result::is_ok);
         let mut failed: Vec<CopyError> = failed.into_iter().filter_map(Result::err).collect();
+        let fed = feeding.map(|h| h.join().expect("a thread that reads a stream does not panic"));
+        failed.extend(fed.and_then(Result::err));
         failed.sort_by_key(|e| matches!(e, CopyError::Interrupted));
         match failed.into_iter().next() {
             Some(e) => Err(e),
@@ -219,8 +241,10 @@ pub(super) fn copy(job: &CopyJob<'_>, runtime: &Handle, last: Option<Last<'_>>) 
 /// The stretches to copy, in the files' order, so that a pack holds neighbours.
 fn parts(job: &CopyJob<'_>, last: Option<usize>) -> Vec<Part> {
     let mut parts = Vec::with_capacity(job.files.len());
-    for (file, source) in job.files.iter().enumerate().filter(|(file, _)| Some(*file) != last) {
-        let whole = job.checksums.get(file).is_some_and(Option::is_some);
+    let alone =
+        |(file, source): &(usize, &SourceFile)| Some(*file) != last && source.lies != Lies::Compressed;
+    for (file, source) in job.files.iter().enumerate().filter(alone) {
+        let whole = job.checksum(file).is_some();
         let mut from = 0u64;
         while !whole && source.bytes.saturating_sub(from) > PART_BYTES {
             let to = from.saturating_add(PART_BYTES);
@@ -243,6 +267,43 @@ struct Shared<'a> {
     next: AtomicUsize,
     packs: AtomicU32,
     failed: AtomicBool,
+}
+
+impl Shared<'_> {
+    /// Fails once somebody else has, or the caller has given up.
+    fn go_on(&self) -> Result<(), CopyError> {
+        match self.failed.load(Ordering::Relaxed) || self.job.stop.load(Ordering::Relaxed) {
+            true => Err(CopyError::Interrupted),
+            false => Ok(()),
+        }
+    }
+}
+
+impl SourceFile {
+    /// Where in its source it starts.
+    fn start(&self) -> u64 {
+        if let Lies::From(at) = self.lies { at } else { 0 }
+    }
+
+    /// How much of `length` bytes is copied: a page that was just being added is not there yet, unless somebody has said
+    /// what the bytes must add up to.
+    fn copied_bytes(&self, length: u64, checksum: Option<&Checksum>) -> u64 {
+        match self.relation {
+            Some(_) if checksum.is_none() => length & !WITHIN_PAGE,
+            _ => length,
+        }
+    }
+
+    /// Whether what went through `hasher` is what the file should be.
+    fn compare(&self, checksum: Option<&Checksum>, hasher: Option<Hasher>) -> Result<(), CopyError> {
+        let (Some(checksum), Some(hasher)) = (checksum, hasher) else { return Ok(()) };
+        checksum.compare(hasher).map_err(|(found, expected)| CopyError::Checksum {
+            path: self.path.clone(),
+            algorithm: checksum.algorithm(),
+            found,
+            expected,
+        })
+    }
 }
 
 /// A stretch that was copied.
@@ -280,11 +341,30 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn run(&mut self) -> Result<(), CopyError> {
+    fn run(&mut self, taker: Option<Taker>) -> Result<(), CopyError> {
         let mut buffer = vec![0; FRAME_BYTES];
         while let Some(part) = self.shared.parts.get(self.shared.next.fetch_add(1, Ordering::Relaxed)) {
             self.part(part, &mut buffer)?;
         }
+        let Some(taker) = taker else { return Ok(()) };
+        while let Some(mut stretch) = taker.next() {
+            self.stretch(&mut stretch)?;
+            taker.give_back(stretch);
+        }
+        Ok(())
+    }
+
+    /// What was read of a stream.
+    fn stretch(&mut self, stretch: &mut Stretch) -> Result<(), CopyError> {
+        let Some(source) = self.shared.job.files.get(stretch.file) else { return Ok(()) };
+        let mut run = ExtentRun::default();
+        let (file, mut at) = (stretch.file, stretch.at);
+        for raw in stretch.bytes_mut().chunks_mut(FRAME_BYTES) {
+            self.shared.go_on()?;
+            self.frame_of(&mut run, (file, source), None, at, raw)?;
+            at = at.saturating_add(raw.len() as u64);
+        }
+        self.done.push(Done { file, end: at, extents: run.finish() });
         Ok(())
     }
 
@@ -304,25 +384,19 @@ impl<'a> Worker<'a> {
             Wanted::Blocks { .. } => rustix::fs::Advice::Random,
         };
         let _ = rustix::fs::fadvise(&file, 0, None, advice);
-        let checksum = job.checksums.get(part.file).and_then(Option::as_ref);
-        let start = source.inside_at.unwrap_or(0);
-        let length = match (part.to, source.inside_at) {
+        let checksum = job.checksum(part.file);
+        let start = source.start();
+        let length = match (part.to, source.lies) {
             (Some(to), _) => to,
-            (None, Some(_)) => source.bytes,
-            (None, None) => file.metadata().map_err(failed)?.len(),
+            (None, Lies::Alone) => file.metadata().map_err(failed)?.len(),
+            (None, _) => source.bytes,
         };
-        // A page that is just being added is not there yet.
-        let length = match source.relation {
-            Some(_) if checksum.is_none() => length & !WITHIN_PAGE,
-            _ => length,
-        };
+        let length = source.copied_bytes(length, checksum);
         let mut hasher = checksum.map(Checksum::hasher);
         let mut run = ExtentRun::default();
         let mut at = part.from;
         while at < length {
-            if self.shared.failed.load(Ordering::Relaxed) || job.stop.load(Ordering::Relaxed) {
-                return Err(CopyError::Interrupted);
-            }
+            self.shared.go_on()?;
             let Some(stretch) = wanted.next_stretch(at..length) else {
                 at = length;
                 break;
@@ -332,7 +406,7 @@ impl<'a> Worker<'a> {
                 usize::try_from(stretch.end.saturating_sub(at)).unwrap_or(usize::MAX).min(buffer.len());
             let room = buffer.get_mut(..room).unwrap_or_default();
             let found = read_full(&file, room, start.saturating_add(at)).map_err(failed)?;
-            if found < room.len() && source.inside_at.is_some() {
+            if found < room.len() && source.lies != Lies::Alone {
                 return Err(failed(io::ErrorKind::UnexpectedEof.into()));
             }
             let mut raw = room.get_mut(..found).unwrap_or_default();
@@ -346,23 +420,30 @@ impl<'a> Worker<'a> {
             if let Some(hasher) = &mut hasher {
                 hasher.update(raw);
             }
-            let first_block = self.block_number(source, at)?;
-            if let (Some(rule), Some(_)) = (job.pages, source.relation) {
-                self.check_pages(&file, part.file, source, first_block, raw, &rule);
-            }
-            self.frame(&mut run, first_block, raw)?;
+            self.frame_of(&mut run, (part.file, source), Some(&file), at, raw)?;
             at = at.saturating_add(raw.len() as u64);
-            job.progress.advance(raw.len() as u64);
         }
-        if let (Some(expected), Some(hasher)) = (checksum, hasher) {
-            expected.compare(hasher).map_err(|(found, expected)| CopyError::Checksum {
-                path: source.path.clone(),
-                algorithm: checksum.map_or("", |c| c.algorithm()),
-                found,
-                expected,
-            })?;
-        }
+        source.compare(checksum, hasher)?;
         self.done.push(Done { file: part.file, end: at, extents: run.finish() });
+        Ok(())
+    }
+
+    /// Checks and keeps what of a file starts at `at`, a frame at the most.
+    fn frame_of(
+        &mut self,
+        run: &mut ExtentRun,
+        (number, source): (usize, &SourceFile),
+        file: Option<&File>,
+        at: u64,
+        raw: &mut [u8],
+    ) -> Result<(), CopyError> {
+        let job = self.shared.job;
+        let first_block = self.block_number(source, at)?;
+        if let Some(rule) = job.pages {
+            self.check_pages(file, number, source, first_block, raw, &rule);
+        }
+        self.frame(run, first_block, raw)?;
+        job.progress.advance(raw.len() as u64);
         Ok(())
     }
 
@@ -374,10 +455,11 @@ impl<'a> Worker<'a> {
             .ok_or_else(|| CopyError::TooLarge { path: source.path.clone(), bytes: source.bytes })
     }
 
-    /// Checks the pages of a frame; those that the server was writing are read again, and replaced by what is there.
+    /// Checks the pages of a frame of a relation; those that the server was writing are read again where that can be,
+    /// and replaced by what is there.
     fn check_pages(
         &mut self,
-        file: &File,
+        file: Option<&File>,
         number: usize,
         source: &SourceFile,
         first_block: u32,
@@ -387,13 +469,15 @@ impl<'a> Worker<'a> {
         let Some(relation) = source.relation else { return };
         for (block, page) in (first_block..).zip(raw.chunks_exact_mut(BLOCK_BYTES)) {
             let Some(page): Option<&mut [u8; BLOCK_BYTES]> = page.try_into().ok() else { continue };
-            let start = source.inside_at.unwrap_or(0);
-            let at = start.saturating_add(u64::from(block).saturating_mul(BLOCK_BYTES as u64));
-            let read_again = |page: &mut [u8; BLOCK_BYTES]| {
-                read_full(file, page, at).is_ok_and(|found| found == BLOCK_BYTES)
-            };
+            let at = source.start().saturating_add(u64::from(block).saturating_mul(BLOCK_BYTES as u64));
             let block_of_fork = rule.block_of_fork(relation.segment, block);
-            match rule.judge(page, block_of_fork, read_again) {
+            let verdict = match file {
+                Some(file) => rule.judge(page, block_of_fork, |page| {
+                    read_full(file, page, at).is_ok_and(|found| found == BLOCK_BYTES)
+                }),
+                None => rule.judge_once(page, block_of_fork),
+            };
+            match verdict {
                 Verdict::Good => {}
                 Verdict::BeingWritten(lsn) => self.excused.push(BadPage { file: number, block, lsn }),
                 Verdict::Damaged(lsn) => self.damaged.push(BadPage { file: number, block, lsn }),

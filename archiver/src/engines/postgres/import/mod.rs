@@ -1,7 +1,9 @@
 //! A base backup that pg_basebackup made becomes a backup of the archive.
 
+mod compression;
 mod manifest;
 mod source;
+mod tar;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,15 +19,16 @@ use waltide_format::engines::postgres::cluster::{
     BackupHistory, BackupLabel, ControlError, LabelError, tablespace_map_text,
 };
 use waltide_format::{BLOCK_BYTES, BackupHistoryName, BackupId, Lsn, TimestampTz, WalFileName};
-use waltide_storage::{Archive, Progress, StorageError};
+use waltide_storage::{Archive, NoProgress, Progress, StorageError};
 
 use self::manifest::{BackupManifest, WalRange};
-use self::source::{Source, WalFiles, extract, read_source};
+use self::source::{Source, WalFiles};
+use self::tar::TarStream;
 use super::backup::Backup;
 use super::checksum::Checksum;
 use super::control::ControlFileError;
-use super::copy::{Copied, CopyError, CopyJob, copy};
-use super::files::{CONTROL_FILE, ScanError, is_left_out};
+use super::copy::{Copied, CopyError, CopyJob, FileStream, copy};
+use super::files::{CONTROL_FILE, ScanError, SourceFile, is_left_out};
 use super::pages::PageRule;
 use super::publish::{Destination, PublishError, WalSource, assemble, damaged_pages, segments};
 use super::push::{PushError, Shipper};
@@ -41,7 +44,7 @@ pub struct ImportRequest {
     pub archive: Archive,
     /// As which cluster.
     pub layout: Layout,
-    /// What pg_basebackup made: a directory of files, or of tar archives.
+    /// What pg_basebackup made: a directory of files, or of tar archives, compressed or not.
     pub dir: PathBuf,
     /// The operator's words.
     pub description: Option<String>,
@@ -63,20 +66,21 @@ pub struct ImportRequest {
 pub enum ImportError {
     /// Nothing of the kind lies there.
     #[error(
-        "{} holds no base backup\nhint: name the directory that pg_basebackup wrote: PG_VERSION lies in it, or base.tar",
+        "{} holds no base backup\nhint: name the directory that pg_basebackup wrote: PG_VERSION lies in it, or base.tar, or \
+         base.tar.gz, .lz4 or .zst",
         dir.display()
     )]
     NoBackup {
         /// The directory.
         dir: PathBuf,
     },
-    /// The tar archives are compressed.
-    #[error("{} is compressed, and only plain tar archives are read\nhint: run {tool} on the archives first", path.display())]
-    Compressed {
-        /// The archive.
+    /// A part of the backup is there in two forms.
+    #[error("{} and {} are the same part of a base backup\nhint: move one of them elsewhere", path.display(), other.display())]
+    TwoForms {
+        /// The one.
         path: PathBuf,
-        /// What decompresses it.
-        tool: &'static str,
+        /// The other.
+        other: PathBuf,
     },
     /// A tar archive that pg_basebackup does not make.
     #[error("{} is no part of a base backup\nhint: move it elsewhere", path.display())]
@@ -198,17 +202,12 @@ impl ImportError {
 /// Takes a base backup in. Every file is checked against backup_manifest in the pass that stores it.
 pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Result<Backup, ImportError> {
     let begun = Instant::now();
-    let dir = request.dir.clone();
-    let source = blocking(move || Source::open(&dir)).await?;
+    let (dir, required, watching) = (request.dir.clone(), request.require_manifest, Arc::clone(&progress));
+    let source = blocking(move || Source::open(&dir, required, &*watching)).await?;
     if source.control.block_bytes as usize != BLOCK_BYTES {
         return Err(ImportError::BlockSize { found: source.control.block_bytes });
     }
-    let listed = match &source.manifest {
-        Some(bytes) => Some(BackupManifest::parse(bytes).map_err(|why| ImportError::Manifest { why })?),
-        None if request.require_manifest => return Err(ImportError::NoManifest { dir: request.dir.clone() }),
-        None => None,
-    };
-    let checksums = match &listed {
+    let checksums = match &source.manifest {
         Some(listed) => check_list(&source, listed)?,
         None => Vec::new(),
     };
@@ -217,8 +216,8 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
         return Err(ImportError::Incremental);
     }
     let to = Destination::find(&request.archive, &request.layout, &source.control).await?;
-    let ranges = match listed {
-        Some(listed) => listed.ranges,
+    let ranges = match &source.manifest {
+        Some(listed) => listed.ranges.clone(),
         None => vec![range_without_manifest(&to, &source, &label).await?],
     };
     let stop_lsn = ranges.iter().map(|r| r.end).max().unwrap_or(label.start_lsn);
@@ -315,12 +314,12 @@ fn check_list(source: &Source, listed: &BackupManifest) -> Result<Vec<Option<Che
     };
     let checksums =
         source.scan.files.iter().map(|file| take(&file.path, file.bytes)).collect::<Result<_, _>>()?;
-    for note in &source.notes {
-        if let Some(expected) = take(&note.path, note.bytes)? {
+    for (path, bytes) in &source.notes {
+        if let Some(expected) = take(path, bytes.len() as u64)? {
             let mut hasher = expected.hasher();
-            hasher.update(&read_source(note, TEXT_BYTES_MAX)?);
+            hasher.update(bytes);
             expected.compare(hasher).map_err(|(found, said)| CopyError::Checksum {
-                path: note.path.clone(),
+                path: path.clone(),
                 algorithm: expected.algorithm(),
                 found,
                 expected: said,
@@ -378,6 +377,9 @@ async fn copy_files(
     blocking(move || {
         progress.phase("copy", Some(source.scan.bytes()));
         let rule = PageRule { start_lsn, segment_blocks: source.control.relation_file_blocks };
+        let stream = |tar| TarStream { tar, files: &source.scan.files };
+        let streams: Vec<_> = source.compressed.iter().map(stream).collect();
+        let streams: Vec<_> = streams.iter().map(|stream| stream as &dyn FileStream).collect();
         let job = CopyJob {
             archive: &to.archive,
             system: &to.system,
@@ -385,6 +387,7 @@ async fn copy_files(
             files: &source.scan.files,
             checksums: &checksums,
             wanted: &[],
+            streams: &streams,
             pages: source.control.has_data_checksums().then_some(rule),
             threads,
             level,
@@ -428,18 +431,42 @@ async fn ship_wal(
                 }
             }
         }
-        WalFiles::Tar(files) => {
+        WalFiles::Tars(tars, files) => {
             let place = Place::new(id)?;
+            let mut found = Vec::new();
             for name in wanted {
-                let Some(file) = files.get(&name.to_string()).cloned() else { continue };
-                let path = place.0.join(name.to_string());
-                let to = path.clone();
-                blocking(move || extract(&file, &to)).await?;
+                if let Some(file) = files.get(&name.to_string()) {
+                    check_length(name, file, to)?;
+                    found.push((file, place.0.join(name.to_string())));
+                }
+            }
+            for tar in tars {
+                let of_tar = found.iter().filter(|(file, _)| file.source == tar.path);
+                let of_tar: Vec<_> = of_tar.map(|(file, to)| (file.path.clone(), to.clone())).collect();
+                if !of_tar.is_empty() {
+                    let tar = tar.clone();
+                    blocking(move || tar.extract(&of_tar, &NoProgress)).await?;
+                }
+            }
+            for (_, path) in found {
                 shipper.ship(&path, request.threads).await?;
             }
         }
     }
     Ok(())
+}
+
+/// Whether a file of WAL in a tar archive may be as long as it says it is.
+fn check_length(name: WalFileName, file: &SourceFile, to: &Destination) -> Result<(), ImportError> {
+    let most = match name {
+        WalFileName::Segment(_) => to.segment_size.bytes(),
+        _ => TEXT_BYTES_MAX,
+    };
+    if file.bytes <= most {
+        return Ok(());
+    }
+    let text = format!("{} has {} bytes, more than the {most} that it can have", file.path, file.bytes);
+    Err(ImportError::Read { path: file.source.clone(), source: io::Error::other(text) })
 }
 
 /// A directory for the time of an import.

@@ -1,9 +1,7 @@
-//! The files of a base backup, as pg_basebackup left them: in a directory, or in tar archives.
+//! A base backup as pg_basebackup left it: a directory, or tar archives.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use waltide_format::Oid;
@@ -11,26 +9,38 @@ use waltide_format::archive::{ManifestDirectory, Tablespace};
 use waltide_format::engines::postgres::cluster::{
     ControlFile, RelationSegment, parse_tablespace_map, version_directory,
 };
+use waltide_storage::Progress;
 
 use super::super::control::read_version;
-use super::super::files::{CONTROL_FILE, Scan, SourceFile, is_left_out, scan};
+use super::super::copy::CopyError;
+use super::super::files::{CONTROL_FILE, Lies, Scan, SourceFile, is_left_out, scan};
 use super::ImportError;
+use super::manifest::BackupManifest;
+use super::tar::{Entry, Kind, Tar};
 
 /// backup_label, tablespace_map and their like are texts of a few lines.
 const TEXT_BYTES_MAX: u64 = 16 << 20;
 /// A backup_manifest has about 150 bytes a file.
 const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+/// Files that tell how to read the others.
+const NOTES: [&str; 2] = ["backup_label", "tablespace_map"];
+/// What a file or directory takes while an import runs, besides its path twice.
+const LISTED_BYTES: u64 = 256;
+/// Memory for what backup_manifest does not list: directories, WAL, and what is left out.
+const UNLISTED_BYTES_MAX: u64 = 256 << 20;
 
 /// A base backup that was found.
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) scan: Scan,
     pub(super) control: ControlFile,
-    /// backup_label and tablespace_map, which are no files of the cluster.
-    pub(super) notes: Vec<SourceFile>,
+    /// backup_label and tablespace_map, which are no files of the cluster: their bytes.
+    pub(super) notes: BTreeMap<String, Vec<u8>>,
     pub(super) label: String,
     pub(super) tablespace_map: Option<String>,
-    pub(super) manifest: Option<Vec<u8>>,
+    pub(super) manifest: Option<BackupManifest>,
+    /// The compressed archives that files of the cluster lie in.
+    pub(super) compressed: Vec<Tar>,
     pub(super) wal: WalFiles,
 }
 
@@ -39,113 +49,105 @@ pub(super) struct Source {
 pub(super) enum WalFiles {
     /// In a directory.
     Directory(PathBuf),
-    /// In a tar archive, by name.
-    Tar(BTreeMap<String, SourceFile>),
+    /// In tar archives, by name.
+    Tars(Vec<Tar>, BTreeMap<String, SourceFile>),
 }
 
 impl Source {
-    /// Finds what lies in `dir`.
-    pub(super) fn open(dir: &Path) -> Result<Self, ImportError> {
+    /// Finds what lies in `dir`; without a backup_manifest only where that is not `required`.
+    pub(super) fn open(dir: &Path, required: bool, progress: &dyn Progress) -> Result<Self, ImportError> {
         if dir.join("PG_VERSION").is_file() {
-            return Self::open_directory(dir);
+            return Self::open_directory(dir, required);
         }
-        if dir.join("base.tar").is_file() {
-            return Self::open_tar(dir);
+        match Tar::find(dir) {
+            Ok(tars) if !tars.is_empty() => Self::open_tars(dir, tars, required, progress),
+            Err(e) if dir.is_dir() => Err(e),
+            _ => Err(ImportError::NoBackup { dir: dir.to_owned() }),
         }
-        for (suffix, tool) in [("gz", "gunzip"), ("lz4", "unlz4"), ("zst", "unzstd")] {
-            let path = dir.join(format!("base.tar.{suffix}"));
-            if path.is_file() {
-                return Err(ImportError::Compressed { path, tool });
-            }
-        }
-        Err(ImportError::NoBackup { dir: dir.to_owned() })
     }
 
-    fn open_directory(dir: &Path) -> Result<Self, ImportError> {
+    fn open_directory(dir: &Path, required: bool) -> Result<Self, ImportError> {
+        let (manifest, _) = read_manifest(dir, required)?;
         let major = read_version(dir)?;
-        let control =
-            parse_control(&dir.join(CONTROL_FILE), &read_file(&dir.join(CONTROL_FILE), TEXT_BYTES_MAX)?)?;
+        let path = dir.join(CONTROL_FILE);
+        let control = parse_control(&path, &read_file(&path, TEXT_BYTES_MAX)?)?;
         let scan = scan(dir, major, &version_directory(control.major, control.catalog_version))?;
-        let mut notes = Vec::new();
-        for name in ["backup_label", "tablespace_map"] {
-            let source = dir.join(name);
-            match std::fs::metadata(&source) {
-                Ok(about) => notes.push(SourceFile {
-                    path: name.to_owned(),
-                    source,
-                    inside_at: None,
-                    bytes: about.len(),
-                    mode: about.mode() & 0o7777,
-                    modified: about.mtime(),
-                    relation: None,
-                }),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(ImportError::Read { path: source, source: e }),
+        let mut notes = BTreeMap::new();
+        for name in NOTES {
+            let path = dir.join(name);
+            if path.exists() {
+                notes.insert(name.to_owned(), read_file(&path, TEXT_BYTES_MAX)?);
             }
         }
+        let label = text(dir, &notes, "backup_label")?
+            .ok_or(ImportError::Missing { path: "backup_label".to_owned() })?;
+        let tablespace_map = text(dir, &notes, "tablespace_map")?;
         let wal = WalFiles::Directory(dir.join("pg_wal"));
-        Self::complete(dir, scan, notes, control, wal)
+        Ok(Self { scan, control, notes, label, tablespace_map, manifest, compressed: Vec::new(), wal })
     }
 
-    fn open_tar(dir: &Path) -> Result<Self, ImportError> {
-        let mut found = TarFiles::default();
-        found.read(&dir.join("base.tar"), "")?;
-        let listed =
-            std::fs::read_dir(dir).map_err(|source| ImportError::Read { path: dir.to_owned(), source })?;
-        for entry in listed {
-            let path = entry.map_err(|source| ImportError::Read { path: dir.to_owned(), source })?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            match name.strip_suffix(".tar") {
-                None | Some("base") => {}
-                Some("pg_wal") => found.read(&path, "pg_wal")?,
-                Some(oid) if oid.parse::<Oid>().is_ok() => found.read(&path, &format!("pg_tblspc/{oid}"))?,
-                Some(_) => return Err(ImportError::Stranger { path }),
-            }
+    fn open_tars(
+        dir: &Path,
+        tars: Vec<Tar>,
+        required: bool,
+        progress: &dyn Progress,
+    ) -> Result<Self, ImportError> {
+        let (manifest, manifest_bytes) = read_manifest(dir, required)?;
+        let compressed = tars.iter().filter(|tar| tar.compression.is_some());
+        let bytes = |tar: &Tar| std::fs::metadata(&tar.path).map_or(0, |about| about.len());
+        let all = compressed.clone().fold(0, |sum: u64, tar| sum.saturating_add(bytes(tar)));
+        if compressed.count() > 0 {
+            progress.phase("list", Some(all));
         }
+        // Four bytes for each that a manifest has are more than its files take.
+        let room = manifest_bytes.saturating_mul(4).saturating_add(UNLISTED_BYTES_MAX);
+        let mut found = Listing { room, ..Listing::default() };
+        for tar in &tars {
+            found.read(tar, progress)?;
+        }
+        let Listing { files, directories, mut tablespaces, mut small, .. } = found;
         let control =
-            found.files.get(CONTROL_FILE).ok_or(ImportError::Missing { path: CONTROL_FILE.to_owned() })?;
-        let control = parse_control(&control.source, &read_source(control, TEXT_BYTES_MAX)?)?;
-        let TarFiles { files, directories, mut tablespaces } = found;
-        let mut scan = Scan::default();
-        let (mut notes, mut wal) = (Vec::new(), BTreeMap::new());
-        for (path, file) in files {
-            match path.as_str() {
-                "backup_label" | "tablespace_map" => notes.push(file),
-                path if path.starts_with("pg_wal/") => {
-                    wal.insert(path.trim_start_matches("pg_wal/").to_owned(), file);
-                }
-                path if is_left_out(path) => {}
-                _ => scan.files.push(file),
-            }
+            small.remove(CONTROL_FILE).ok_or(ImportError::Missing { path: CONTROL_FILE.to_owned() })?;
+        let base = tars.first().map(|tar| tar.path.clone()).unwrap_or_default();
+        let control = parse_control(&base, &control)?;
+        let notes = small;
+        let label = text(&base, &notes, "backup_label")?
+            .ok_or(ImportError::Missing { path: "backup_label".to_owned() })?;
+        let tablespace_map = text(&base, &notes, "tablespace_map")?;
+        if let Some(map) = &tablespace_map {
+            tablespaces.extend(parse_tablespace_map(map)?);
         }
-        if let Some(map) = notes.iter().find(|note| note.path == "tablespace_map") {
-            let text = read_text(map)?;
-            tablespaces.extend(parse_tablespace_map(&text)?);
+        let (mut scan, mut wal) = (Scan::default(), BTreeMap::new());
+        for (path, file) in files {
+            if let Some(name) = path.strip_prefix("pg_wal/") {
+                wal.insert(name.to_owned(), file);
+            } else if !is_left_out(&path) {
+                scan.files.push(file);
+            }
         }
         scan.directories =
             directories.into_iter().map(|(path, mode)| ManifestDirectory { path, mode }).collect();
         scan.directories.retain(|directory| !is_left_out(&directory.path));
         scan.tablespaces = tablespaces.into_iter().map(|(oid, path)| Tablespace { oid, path }).collect();
-        Self::complete(dir, scan, notes, control, WalFiles::Tar(wal))
+        let mut compressed = tars.clone();
+        compressed.retain(|tar| tar.compression.is_some() && tar.prefix != "pg_wal");
+        let wal = WalFiles::Tars(tars, wal);
+        Ok(Self { scan, control, notes, label, tablespace_map, manifest, compressed, wal })
     }
+}
 
-    fn complete(
-        dir: &Path,
-        scan: Scan,
-        notes: Vec<SourceFile>,
-        control: ControlFile,
-        wal: WalFiles,
-    ) -> Result<Self, ImportError> {
-        let note = |name: &str| notes.iter().find(|note| note.path == name).map(read_text).transpose();
-        let label = note("backup_label")?.ok_or(ImportError::Missing { path: "backup_label".to_owned() })?;
-        let tablespace_map = note("tablespace_map")?;
-        let path = dir.join("backup_manifest");
-        let manifest = match path.exists() {
-            true => Some(read_file(&path, MANIFEST_BYTES_MAX)?),
-            false => None,
+/// backup_manifest, and how long it is.
+fn read_manifest(dir: &Path, required: bool) -> Result<(Option<BackupManifest>, u64), ImportError> {
+    let path = dir.join("backup_manifest");
+    if !path.exists() {
+        return match required {
+            true => Err(ImportError::NoManifest { dir: dir.to_owned() }),
+            false => Ok((None, 0)),
         };
-        Ok(Self { scan, control, notes, label, tablespace_map, manifest, wal })
     }
+    let bytes = read_file(&path, MANIFEST_BYTES_MAX)?;
+    let manifest = BackupManifest::parse(&bytes).map_err(|why| ImportError::Manifest { why })?;
+    Ok((Some(manifest), bytes.len() as u64))
 }
 
 fn parse_control(path: &Path, bytes: &[u8]) -> Result<ControlFile, ImportError> {
@@ -157,98 +159,96 @@ fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, ImportError> {
     super::super::wal_dir::read_whole(path, max).map_err(failed)
 }
 
-/// The bytes of a small file, wherever they are.
-pub(super) fn read_source(file: &SourceFile, max: u64) -> Result<Vec<u8>, ImportError> {
-    let failed = |source| ImportError::Read { path: file.source.clone(), source };
-    let Some(at) = file.inside_at else { return read_file(&file.source, max) };
-    let length = usize::try_from(file.bytes.min(max)).unwrap_or(0);
-    if length as u64 != file.bytes {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            format!("{} is too large", file.path),
-        )));
-    }
-    let mut bytes = vec![0; length];
-    File::open(&file.source).and_then(|open| open.read_exact_at(&mut bytes, at)).map_err(failed)?;
-    Ok(bytes)
-}
-
-fn read_text(file: &SourceFile) -> Result<String, ImportError> {
-    let bytes = read_source(file, TEXT_BYTES_MAX)?;
-    String::from_utf8(bytes)
-        .map_err(|e| ImportError::Read { path: file.source.clone(), source: io::Error::other(e) })
+/// One of the notes, which lies in `place`.
+fn text(place: &Path, notes: &BTreeMap<String, Vec<u8>>, name: &str) -> Result<Option<String>, ImportError> {
+    let Some(bytes) = notes.get(name) else { return Ok(None) };
+    let failed = |e| ImportError::Read {
+        path: place.to_owned(),
+        source: io::Error::other(format!("{name} is no text: {e}")),
+    };
+    String::from_utf8(bytes.clone()).map(Some).map_err(failed)
 }
 
 /// What tar archives hold, by the path that it has in a data directory.
 #[derive(Default)]
-struct TarFiles {
+struct Listing {
     files: BTreeMap<String, SourceFile>,
     directories: BTreeMap<String, u32>,
     tablespaces: BTreeMap<Oid, String>,
+    /// The bytes of those that tell how to read the others.
+    small: BTreeMap<String, Vec<u8>>,
+    /// Memory that is left for what compressed archives hold: a few bytes of them can hold very much.
+    room: u64,
 }
 
-impl TarFiles {
-    /// Lists a tar archive, whose paths lie below `prefix` in the data directory.
-    fn read(&mut self, source: &Path, prefix: &str) -> Result<(), ImportError> {
-        let failed = |e| ImportError::Read { path: source.to_owned(), source: e };
-        let mut file = File::open(source).map_err(failed)?;
-        let length =
-            file.seek(SeekFrom::End(0)).and_then(|end| file.rewind().map(|()| end)).map_err(failed)?;
-        if prefix.starts_with("pg_tblspc/") {
-            self.directories.entry(prefix.to_owned()).or_insert(0o700);
+impl Listing {
+    fn read(&mut self, tar: &Tar, progress: &dyn Progress) -> Result<(), ImportError> {
+        if tar.is_tablespace() {
+            self.directories.entry(tar.prefix.clone()).or_insert(0o700);
         }
-        let mut tar = tar::Archive::new(file);
-        for entry in tar.entries_with_seek().map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let wrong = |why: &str| {
-                let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-                failed(io::Error::other(format!("{name:?} {why}")))
-            };
-            let name =
-                std::str::from_utf8(&entry.path_bytes()).map_err(|_| wrong("is no UTF-8 name"))?.to_owned();
-            let name = name.trim_start_matches("./").trim_end_matches('/');
-            if name.is_empty() {
-                continue;
+        tar.walk(progress, &mut |entry| {
+            if tar.compression.is_some() {
+                self.take_room(tar, entry)?;
             }
-            if name.starts_with('/') || name.split('/').any(|part| matches!(part, "" | "." | "..")) {
-                return Err(wrong("leads out of the data directory"));
+            self.entry(tar, entry)
+        })?;
+        Ok(())
+    }
+
+    fn take_room(&mut self, tar: &Tar, entry: &Entry<'_>) -> Result<(), CopyError> {
+        let link = if let Kind::Link(target) = &entry.kind { target.len() } else { 0 };
+        let paths = (entry.path.len() as u64).saturating_mul(2).saturating_add(link as u64);
+        match self.room.checked_sub(paths.saturating_add(LISTED_BYTES)) {
+            Some(room) => self.room = room,
+            None => {
+                let tool = tar.compression.map_or("", |compression| compression.tool());
+                return Err(entry.wrong(format!(
+                    "comes after more files and directories than a compressed backup with this backup_manifest may have\n\
+                     hint: if so many are meant, run {tool} on the archives, and import what that makes"
+                )));
             }
-            let path = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
-            let header = entry.header();
-            let mode = header.mode().map_err(failed)? & 0o7777;
-            let kind = header.entry_type();
-            if kind.is_dir() {
-                self.directories.insert(path, mode);
-            } else if kind.is_symlink() {
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, tar: &Tar, entry: &mut Entry<'_>) -> Result<(), CopyError> {
+        let path = entry.path.clone();
+        match &entry.kind {
+            Kind::Directory => drop(self.directories.insert(path, entry.mode)),
+            Kind::Link(target) => {
                 let oid = path.strip_prefix("pg_tblspc/").and_then(|oid| oid.parse().ok());
-                let target =
-                    entry.link_name_bytes().and_then(|link| String::from_utf8(link.into_owned()).ok());
-                let (Some(oid), Some(target)) = (oid, target) else {
-                    return Err(wrong("is a link to nowhere"));
-                };
+                let oid = oid.ok_or_else(|| entry.wrong("is a link to nowhere"))?;
+                self.tablespaces.insert(oid, target.clone());
                 self.directories.entry(path).or_insert(0o700);
-                self.tablespaces.insert(oid, target);
-            } else if kind.is_file() {
-                let (at, bytes) = (entry.raw_file_position(), entry.size());
-                if at.checked_add(bytes).is_none_or(|end| end > length) {
-                    return Err(wrong("is cut short"));
+            }
+            Kind::File => {
+                let note = NOTES.contains(&path.as_str());
+                if note || path == CONTROL_FILE {
+                    if entry.bytes > TEXT_BYTES_MAX {
+                        return Err(entry.wrong(format!("has {} bytes, which it never has", entry.bytes)));
+                    }
+                    let mut bytes = Vec::new();
+                    let read = entry.contents.read_to_end(&mut bytes);
+                    read.map_err(|source| CopyError::Read { path: tar.path.clone(), source })?;
+                    if self.small.insert(path.clone(), bytes).is_some() {
+                        return Err(entry.wrong("is there twice"));
+                    }
                 }
-                let modified = i64::try_from(header.mtime().map_err(failed)?).unwrap_or(i64::MAX);
-                let relation = relation_of(&path);
+                if note {
+                    return Ok(());
+                }
                 let file = SourceFile {
                     path: path.clone(),
-                    source: source.to_owned(),
-                    inside_at: Some(at),
-                    bytes,
-                    mode,
-                    modified,
-                    relation,
+                    source: tar.path.clone(),
+                    lies: entry.at.map_or(Lies::Compressed, Lies::From),
+                    bytes: entry.bytes,
+                    mode: entry.mode,
+                    modified: entry.modified,
+                    relation: relation_of(&path),
                 };
                 if self.files.insert(path, file).is_some() {
-                    return Err(wrong("is there twice"));
+                    return Err(entry.wrong("is there twice"));
                 }
-            } else {
-                return Err(wrong("is neither a file, a directory nor a link"));
             }
         }
         Ok(())
@@ -264,15 +264,40 @@ fn relation_of(path: &str) -> Option<RelationSegment> {
     }
 }
 
-/// A segment out of a tar archive, in a file of its name below `to`.
-pub(super) fn extract(file: &SourceFile, to: &Path) -> Result<(), ImportError> {
-    let failed = |source| ImportError::Read { path: file.source.clone(), source };
-    let copy = || -> io::Result<()> {
-        let mut from = File::open(&file.source)?;
-        from.seek(SeekFrom::Start(file.inside_at.unwrap_or(0)))?;
-        let mut out = File::create_new(to)?;
-        let copied = io::copy(&mut from.take(file.bytes), &mut out)?;
-        if copied == file.bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-    };
-    copy().map_err(failed)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    use waltide_storage::NoProgress;
+
+    #[test]
+    fn a_few_bytes_do_not_hold_more_names_than_there_is_room_for() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut bytes = Vec::new();
+        for n in 0..1000 {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_path(format!("base/5/{n}")).unwrap();
+            header.set_mode(0o600);
+            header.set_size(0);
+            header.set_cksum();
+            bytes.extend(header.as_bytes());
+        }
+        fs::write(scratch.path().join("base.tar.zst"), zstd::bulk::compress(&bytes, 1).unwrap()).unwrap();
+        let tar = Tar::find(scratch.path()).unwrap().remove(0);
+        let list = |room| Listing { room, ..Listing::default() }.read(&tar, &NoProgress);
+        list(1000 * (256 + 2 * 10)).unwrap();
+        let Err(ImportError::Copy(CopyError::Read { path, source })) = list(100 * (256 + 2 * 10)) else {
+            panic!("there was room")
+        };
+        assert_eq!(path, tar.path);
+        let expected = "comes after more files and directories than a compressed backup with this backup_manifest may \
+                        have\nhint: if so many are meant, run unzstd on the archives, and import what that makes";
+        assert!(source.to_string().ends_with(expected), "{source}");
+        // A plain one is as long as it says.
+        fs::write(scratch.path().join("base.tar"), &bytes).unwrap();
+        fs::remove_file(scratch.path().join("base.tar.zst")).unwrap();
+        let plain = Tar::find(scratch.path()).unwrap().remove(0);
+        Listing::default().read(&plain, &NoProgress).unwrap();
+    }
 }
