@@ -3,6 +3,7 @@
 
 mod backup_files;
 mod conf;
+mod error;
 mod pieces;
 mod place;
 mod write;
@@ -20,20 +21,21 @@ use serde::Serialize;
 use waltide_format::archive::{ExtentMap, Manifest, SystemLayout, Tablespace};
 use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, BackupId, Corrupt, WalFileName};
-use waltide_storage::{Archive, Progress, StorageError};
+use waltide_storage::{Archive, Progress};
 
-use super::fetch::{FetchError, FetchRequest, Fetcher};
+use super::fetch::{FetchRequest, Fetcher};
 use super::forward::{
     ForwardError, PART_BLOCKS, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed,
-    Unknown,
 };
 use super::queue::{Filled, ReadAhead};
 use super::selection::Selection;
 use crate::plan::Plan;
+use error::io_error;
 use pieces::Piece;
 
 pub(crate) use backup_files::BackupFiles;
 pub use conf::restore_command;
+pub use error::RestoreError;
 pub use place::{Deletion, Owner, PlaceError, Placed};
 
 /// No manifest and no map comes near this.
@@ -90,102 +92,6 @@ impl RestoreOptions {
     fn wants(&self, path: &str) -> bool {
         self.selection.as_ref().is_none_or(|selection| selection.wants_file(path))
     }
-}
-
-/// Why a restore was not done.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The place will not do.
-    #[error(transparent)]
-    Place(#[from] PlaceError),
-    /// The archive failed.
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    /// An object of the backup is damaged.
-    #[error(
-        "{path} is damaged, backup {backup} cannot be restored\nhint: run `waltide verify`; restore from another backup with --backup"
-    )]
-    Damaged {
-        /// The object.
-        path: String,
-        /// The backup.
-        backup: BackupId,
-        /// What is wrong with it.
-        source: Corrupt,
-    },
-    /// The manifest is another backup's.
-    #[error("{path} says that it is backup {found}\nhint: run `waltide verify`")]
-    Foreign {
-        /// The object.
-        path: String,
-        /// What it says.
-        found: BackupId,
-    },
-    /// The backup lacks what every cluster has.
-    #[error("backup {backup} has no {what}: it is no cluster's backup")]
-    Incomplete {
-        /// The backup.
-        backup: BackupId,
-        /// What it lacks.
-        what: &'static str,
-    },
-    /// A segment that recovery needs could not be put ready.
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
-    /// Native replay was asked for, and the log has what it does not know.
-    #[error("{0}\nhint: restore with --replay auto or --replay server")]
-    Unknown(#[from] Unknown),
-    /// Native replay was asked for, and the cluster's large relations are cut into files of another size.
-    #[error(
-        "relseg_size is {found} blocks, and native replay knows multiples of {PART_BLOCKS}\nhint: restore with --replay auto or --replay server"
-    )]
-    FileBlocks {
-        /// Blocks in a file.
-        found: u32,
-    },
-    /// Native replay failed.
-    #[error("native replay failed\nhint: restore with --replay server")]
-    Forward(#[from] ForwardError),
-    /// Files can be brought forward natively alone.
-    #[error("the files can be brought forward natively only, and PostgreSQL was to replay the log")]
-    NotNative,
-    /// A file could not be written.
-    #[error("cannot {doing} {}", path.display())]
-    Io {
-        /// What was tried.
-        doing: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: io::Error,
-    },
-}
-
-impl RestoreError {
-    /// Whether the archive is at fault.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::Damaged { .. } | Self::Foreign { .. } | Self::Incomplete { .. } => true,
-            Self::Storage(e) => e.is_not_found() || matches!(e, StorageError::OutOfRange { .. }),
-            Self::Fetch(e) => matches!(
-                e,
-                FetchError::NotThere { .. }
-                    | FetchError::Damaged { .. }
-                    | FetchError::Wal { .. }
-                    | FetchError::Foreign { .. }
-            ),
-            Self::Forward(e) => e.is_damage(),
-            Self::Place(_)
-            | Self::Unknown(_)
-            | Self::FileBlocks { .. }
-            | Self::NotNative
-            | Self::Io { .. } => false,
-        }
-    }
-}
-
-fn io_error<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> RestoreError + 'a {
-    move |source| RestoreError::Io { doing, path: path.to_owned(), source }
 }
 
 /// What a restore will delete and write.
