@@ -4,53 +4,20 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use waltide_tests::site::text;
 use waltide_tests::workload::Journal;
-use waltide_tests::{Cluster, ClusterBuilder, Scratch, StopMode, Waltide};
+use waltide_tests::{Cluster, Site, StopMode, Waltide};
 
-/// An archive, a cluster that ships to it, and the binaries.
-struct Site {
-    scratch: Scratch,
-    archive: PathBuf,
-    waltide: Waltide,
-    cluster: Cluster,
+/// An archive, and a cluster that dates its commits and ships to it.
+fn started(label: &str) -> (Site, Cluster) {
+    started_with(label, &[])
 }
 
-impl Site {
-    fn new(label: &str) -> Self {
-        Self::with(label, |builder| builder)
-    }
-
-    fn with(label: &str, settings: impl FnOnce(ClusterBuilder) -> ClusterBuilder) -> Self {
-        let scratch = Scratch::new(label);
-        let archive = scratch.dir("archive");
-        let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
-        let builder = Cluster::builder("db").scratch(&scratch).setting("track_commit_timestamp", "on");
-        let mut cluster = settings(builder).archive_command(&waltide.archive_command()).create();
-        waltide.ok(["init", "--data-dir", text(cluster.data_dir())]);
-        cluster.start();
-        Self { scratch, archive, waltide, cluster }
-    }
-
-    fn backup(&self) {
-        self.waltide.ok(["backup", "--data-dir", text(self.cluster.data_dir())]);
-    }
-
-    /// Restores into a fresh directory and starts the server.
-    fn restored(&self, name: &str, arguments: &[&str]) -> Cluster {
-        let data_dir = self.scratch.fresh_path(name);
-        let mut all = vec!["restore", "--data-dir", text(&data_dir)];
-        all.extend(arguments);
-        self.waltide.ok(all);
-        let mut cluster = Cluster::with_data_dir(name, &self.scratch, &data_dir);
-        // Its own archive_command still leads to the archive: a restored cluster goes on archiving.
-        cluster.start();
-        cluster.wait_promoted();
-        cluster
-    }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+fn started_with(label: &str, settings: &[(&str, &str)]) -> (Site, Cluster) {
+    let site = Site::new(label);
+    let builder = site.builder("db").setting("track_commit_timestamp", "on").settings(settings);
+    let cluster = site.start(builder);
+    (site, cluster)
 }
 
 /// Every file below a directory with its bytes.
@@ -73,17 +40,17 @@ fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 #[test]
 fn each_kind_of_target_has_the_row_of_its_transaction_and_not_the_next() {
-    let site = Site::new("targets");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 3);
-    site.backup();
-    journal.steps_on(&site.cluster, 4);
-    let at = journal.step(&site.cluster, "the target");
-    site.cluster.query("select pg_create_restore_point('after the target')");
-    journal.steps_on(&site.cluster, 5);
-    site.cluster.archive_all();
+    let (site, cluster) = started("targets");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 3);
+    site.back_up(&cluster);
+    journal.steps_on(&cluster, 4);
+    let at = journal.step(&cluster, "the target");
+    cluster.query("select pg_create_restore_point('after the target')");
+    journal.steps_on(&cluster, 5);
+    cluster.archive_all();
     let last = journal.len();
-    site.cluster.query("select 1");
+    cluster.query("select 1");
 
     let (time, xid, lsn) = (at.committed_at.clone(), at.xid.to_string(), at.lsn_after.clone());
     let cases: &[(&str, &[&str], u64)] = &[
@@ -101,10 +68,7 @@ fn each_kind_of_target_has_the_row_of_its_transaction_and_not_the_next() {
         ("time-past-the-end", &["--target-time", "2099-01-01 00:00:00Z"], last),
     ];
     for (name, arguments, expected) in cases {
-        // Its WAL would meet that of the other restores in the archive, on the timeline that each makes.
-        let mut all = vec!["--archive-mode", "off"];
-        all.extend(*arguments);
-        let mut cluster = site.restored(name, &all);
+        let mut cluster = site.restored(name, arguments);
         journal.assert_exactly_up_to(&cluster, *expected);
         assert!(!cluster.data_dir().join("recovery.signal").exists(), "{name}");
         assert!(!cluster.data_dir().join("waltide.restoring").exists(), "{name}");
@@ -122,16 +86,16 @@ struct Sub {
 
 #[test]
 fn a_subtransaction_is_a_target_by_its_own_number() {
-    let site = Site::with("subtransactions", |builder| builder.setting("max_prepared_transactions", "5"));
-    site.cluster.query("create table t (what text)");
-    site.backup();
+    let (site, cluster) = started_with("subtransactions", &[("max_prepared_transactions", "5")]);
+    cluster.query("create table t (what text)");
+    site.back_up(&cluster);
     let insert =
         |what: &str| format!("insert into t values ('{what}'); select xmin from t where what = '{what}'");
     let does = |what: &'static str, inner: &str, end: &str| {
         let sql = format!(
             "begin; insert into t values ('with {what}'); select pg_current_xact_id(); {inner}; {end}"
         );
-        let answer = site.cluster.query(&sql);
+        let answer = cluster.query(&sql);
         let [top, .., xid] = answer.lines().collect::<Vec<_>>()[..] else { panic!("{answer}") };
         Sub { xid: xid.to_owned(), top: top.to_owned(), what }
     };
@@ -146,15 +110,15 @@ fn a_subtransaction_is_a_target_by_its_own_number() {
         &format!("savepoint a; {}; release a", insert("prepared")),
         "prepare transaction 'p'",
     );
-    site.cluster.query("insert into t values ('while it is prepared')");
-    site.cluster.query("commit prepared 'p'");
+    cluster.query("insert into t values ('while it is prepared')");
+    cluster.query("commit prepared 'p'");
     let undone = does("undone", &format!("savepoint a; {}; release a", insert("undone")), "rollback");
     // It has an abort of its own, which is what PostgreSQL stops at.
     let mut taken_back =
         does("taken back", &format!("savepoint a; {}; rollback to a", insert("taken back")), "commit");
     taken_back.top.clone_from(&taken_back.xid);
-    site.cluster.query("insert into t values ('last')");
-    site.cluster.archive_all();
+    cluster.query("insert into t values ('last')");
+    cluster.archive_all();
 
     let place = site.scratch.fresh_path("planned");
     let plan = |arguments: &[&str]| {
@@ -193,7 +157,7 @@ fn a_subtransaction_is_a_target_by_its_own_number() {
     for (sub, before) in [(&released, 0), (&nested, 2), (&prepared, 5)] {
         for (way, rows) in [("--before-xid", before), ("--target-xid", before + 2)] {
             let name = format!("{} {way}", sub.what).replace(' ', "-");
-            let mut cluster = site.restored(&name, &["--archive-mode", "off", way, &sub.xid]);
+            let mut cluster = site.restored(&name, &[way, &sub.xid]);
             assert_eq!(cluster.query("select count(*) from t"), rows.to_string(), "{name}");
             let here = format!("select count(*) from t where what = '{}'", sub.what);
             assert_eq!(cluster.query(&here), if rows == before { "0" } else { "1" }, "{name}");
@@ -211,16 +175,15 @@ fn a_subtransaction_is_a_target_by_its_own_number() {
 
 #[test]
 fn the_plan_says_where_the_server_then_stops() {
-    let site = Site::new("watched");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    let at = journal.steps_on(&site.cluster, 3);
-    journal.steps_on(&site.cluster, 3);
-    site.cluster.archive_all();
+    let (site, mut cluster) = started("watched");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    let at = journal.steps_on(&cluster, 3);
+    journal.steps_on(&cluster, 3);
+    cluster.archive_all();
     // The restored server listens where the old one did.
-    let mut old = site.cluster;
-    old.stop(StopMode::Fast);
+    cluster.stop(StopMode::Fast);
     let xid = at.xid.to_string();
     for (name, action, state) in [
         ("promoted", "promote", "promoted"),
@@ -270,38 +233,28 @@ fn the_plan_says_where_the_server_then_stops() {
 
 #[test]
 fn timelines_lead_to_before_and_after_a_fork() {
-    let site = Site::new("timelines");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    let fork = journal.steps_on(&site.cluster, 3);
-    let lost = journal.steps_on(&site.cluster, 3);
-    site.cluster.archive_all();
-    let Site { scratch, waltide, mut cluster, archive } = site;
+    let (site, mut cluster) = started("timelines");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    let fork = journal.steps_on(&cluster, 3);
+    let lost = journal.steps_on(&cluster, 3);
+    cluster.archive_all();
     cluster.stop(StopMode::Fast);
 
-    let site = Site {
-        cluster: {
-            let data_dir = scratch.fresh_path("second");
-            let xid = fork.xid.to_string();
-            waltide.ok(["restore", "--data-dir", text(&data_dir), "--target-xid", &xid]);
-            let mut second = Cluster::with_data_dir("second", &scratch, &data_dir);
-            second.start();
-            second.wait_promoted();
-            second
-        },
-        scratch,
-        waltide,
-        archive,
-    };
+    // It goes on archiving, so that the archive has a fork.
+    let data_dir = site.scratch.fresh_path("second");
+    site.waltide.ok(["restore", "--data-dir", text(&data_dir), "--target-xid", &fork.xid.to_string()]);
+    let mut cluster = Cluster::with_data_dir("second", &site.scratch, &data_dir);
+    cluster.start();
+    cluster.wait_promoted();
     let mut other = journal.forked_after(fork.id);
-    let after = other.steps_on(&site.cluster, 4);
+    let after = other.steps_on(&cluster, 4);
     assert_eq!(after.timeline, 2);
-    site.cluster.archive_all();
+    cluster.archive_all();
 
-    let off = ["--archive-mode", "off"];
     let check = |name: &str, arguments: &[&str], journal: &Journal, last: u64| {
-        let mut cluster = site.restored(name, &[&off[..], arguments].concat());
+        let mut cluster = site.restored(name, arguments);
         journal.assert_exactly_up_to(&cluster, last);
         cluster.stop(StopMode::Fast);
     };
@@ -316,9 +269,9 @@ fn timelines_lead_to_before_and_after_a_fork() {
         lost.id,
     );
     // A backup of the new timeline is the base from then on, and old targets keep the old one.
-    site.backup();
-    let more = other.steps_on(&site.cluster, 2);
-    site.cluster.archive_all();
+    site.back_up(&cluster);
+    let more = other.steps_on(&cluster, 2);
+    cluster.archive_all();
     check("from-the-second", &[], &other, more.id);
     check("from-the-first", &["--before-xid", &more.xid.to_string()], &other, more.id - 1);
     check("still-before", &["--target-lsn", &fork.lsn_after, "--target-exclusive"], &other, fork.id);
@@ -332,16 +285,14 @@ fn timelines_lead_to_before_and_after_a_fork() {
 
 #[test]
 fn tablespaces_go_where_they_are_mapped() {
-    let site = Site::new("tablespaces");
-    let one = site.cluster.create_tablespace("one");
-    let two = site.cluster.create_tablespace("two");
-    site.cluster
-        .query("create table a (x int) tablespace one; insert into a select generate_series(1, 5000)");
-    site.cluster
-        .query("create table b (x int) tablespace two; insert into b select generate_series(1, 7000)");
-    site.backup();
-    site.cluster.query("insert into a values (0); insert into b values (0)");
-    site.cluster.archive_all();
+    let (site, cluster) = started("tablespaces");
+    let one = cluster.create_tablespace("one");
+    let two = cluster.create_tablespace("two");
+    cluster.query("create table a (x int) tablespace one; insert into a select generate_series(1, 5000)");
+    cluster.query("create table b (x int) tablespace two; insert into b select generate_series(1, 7000)");
+    site.back_up(&cluster);
+    cluster.query("insert into a values (0); insert into b values (0)");
+    cluster.archive_all();
     let data_dir = site.scratch.fresh_path("moved");
     let (new_one, new_two) = (site.scratch.fresh_path("one"), site.scratch.fresh_path("two"));
     let before = (snapshot(&one), snapshot(&two));
@@ -357,10 +308,7 @@ fn tablespaces_go_where_they_are_mapped() {
 
     let map = |old: &Path, new: &Path| format!("{}={}", old.display(), new.display());
     let (map_one, map_two) = (map(&one, &new_one), map(&two, &new_two));
-    let mut moved = site.restored_at(
-        &data_dir,
-        &["--tablespace-map", &map_one, "--tablespace-map", &map_two, "--archive-mode", "off"],
-    );
+    let mut moved = site.restored("moved", &["--tablespace-map", &map_one, "--tablespace-map", &map_two]);
     assert_eq!(moved.query("select (select count(*) from a), (select count(*) from b)"), "5001|7001");
     let links = moved.query(
         "select pg_tablespace_location(oid) from pg_tablespace where spcname in ('one', 'two') order by 1",
@@ -374,33 +322,21 @@ fn tablespaces_go_where_they_are_mapped() {
     assert!(wrong.stderr.contains("no tablespace of the backup lies at /x"), "{}", wrong.stderr);
 }
 
-impl Site {
-    fn restored_at(&self, data_dir: &Path, arguments: &[&str]) -> Cluster {
-        let mut all = vec!["restore", "--data-dir", text(data_dir)];
-        all.extend(arguments);
-        self.waltide.ok(all);
-        let mut cluster = Cluster::with_data_dir("restored", &self.scratch, data_dir);
-        cluster.start();
-        cluster.wait_promoted();
-        cluster
-    }
-}
-
 #[test]
 fn nothing_is_touched_before_it_may_be() {
-    let site = Site::new("refusals");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    let last = journal.steps_on(&site.cluster, 2);
-    site.cluster.archive_all();
-    let data_dir = text(site.cluster.data_dir()).to_owned();
+    let (site, mut cluster) = started("refusals");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    let last = journal.steps_on(&cluster, 2);
+    cluster.archive_all();
+    let data_dir = text(cluster.data_dir()).to_owned();
 
     let running = site.waltide.fails(1, ["restore", "--data-dir", &data_dir, "--allow-clear"]);
     assert!(running.stderr.contains("a server is running on"), "{}", running.stderr);
-    journal.assert_exactly_up_to(&site.cluster, last.id);
+    journal.assert_exactly_up_to(&cluster, last.id);
 
-    let Site { scratch, waltide, mut cluster, .. } = site;
+    let Site { scratch, waltide, .. } = site;
     cluster.stop(StopMode::Fast);
     cluster.scratch().file("db/precious", "do not lose");
     let before = snapshot(cluster.data_dir());
@@ -453,15 +389,15 @@ fn nothing_is_touched_before_it_may_be() {
 
 #[test]
 fn a_delta_rewrites_what_differs_and_an_interrupted_restore_is_taken_up_again() {
-    let site = Site::new("delta");
-    site.cluster.pgbench_init(2);
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    let last = journal.steps_on(&site.cluster, 2);
-    site.cluster.archive_all();
-    let data_dir = site.scratch.fresh_path("copy");
-    let mut copy = site.restored_at(&data_dir, &["--archive-mode", "off"]);
+    let (site, cluster) = started("delta");
+    cluster.pgbench_init(2);
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    let last = journal.steps_on(&cluster, 2);
+    cluster.archive_all();
+    let mut copy = site.restored("copy", &[]);
+    let data_dir = copy.data_dir().to_owned();
     copy.pgbench(&["-t", "20"]);
     copy.query("create table stranger (x int); insert into stranger select generate_series(1, 10000)");
     copy.stop(StopMode::Fast);
@@ -514,11 +450,11 @@ fn a_delta_rewrites_what_differs_and_an_interrupted_restore_is_taken_up_again() 
 
 #[test]
 fn a_standby_follows_the_archive_and_survives_its_absence() {
-    let site = Site::new("standby");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    site.cluster.archive_all();
+    let (site, cluster) = started("standby");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    cluster.archive_all();
     let data_dir = site.scratch.fresh_path("standby");
     site.waltide.ok(["restore", "--data-dir", text(&data_dir), "--standby"]);
     let mut standby = Cluster::with_data_dir("standby", &site.scratch, &data_dir);
@@ -528,8 +464,8 @@ fn a_standby_follows_the_archive_and_survives_its_absence() {
     let wait_for = |standby: &Cluster, journal: &Journal| {
         standby.wait_until(&format!("select count(*) = {} from journal", journal.len()));
     };
-    let later = journal.steps_on(&site.cluster, 3);
-    site.cluster.archive_all();
+    let later = journal.steps_on(&cluster, 3);
+    cluster.archive_all();
     wait_for(&standby, &journal);
     // The archive is not mounted for a while.
     let away = site.scratch.fresh_path("away");
@@ -539,8 +475,8 @@ fn a_standby_follows_the_archive_and_survives_its_absence() {
     });
     assert!(standby.is_running());
     fs::rename(&away, &site.archive).unwrap();
-    journal.steps_on(&site.cluster, 2);
-    site.cluster.archive_all();
+    journal.steps_on(&cluster, 2);
+    cluster.archive_all();
     wait_for(&standby, &journal);
     assert!(later.id < journal.len());
     journal.assert_exactly_up_to(&standby, journal.len());
@@ -548,10 +484,10 @@ fn a_standby_follows_the_archive_and_survives_its_absence() {
 
 #[test]
 fn fetch_tells_postgresql_only_what_is_sure() {
-    let site = Site::new("fetch");
-    site.cluster.pgbench_init(1);
-    let segment = site.cluster.archive_all();
-    let data_dir = site.cluster.data_dir().to_owned();
+    let (site, cluster) = started("fetch");
+    cluster.pgbench_init(1);
+    let segment = cluster.archive_all();
+    let data_dir = cluster.data_dir().to_owned();
     let fetch = |name: &str, dest: &str| {
         site.waltide.clone().current_dir(&data_dir).run(["fetch", name, dest]).status
     };
@@ -633,10 +569,10 @@ fn fetch_tells_postgresql_only_what_is_sure() {
 
 #[test]
 fn a_damaged_pack_stops_the_restore_and_leaves_nothing_that_starts() {
-    let site = Site::new("damaged");
-    site.cluster.pgbench_init(1);
-    site.backup();
-    site.cluster.archive_all();
+    let (site, cluster) = started("damaged");
+    cluster.pgbench_init(1);
+    site.back_up(&cluster);
+    cluster.archive_all();
     let packs = snapshot(&site.archive);
     let pack = packs.keys().find(|p| p.is_file() && text(p).contains("/chunks/packs/")).unwrap();
     let mut bytes = fs::read(pack).unwrap();
@@ -652,14 +588,9 @@ fn a_damaged_pack_stops_the_restore_and_leaves_nothing_that_starts() {
 
 #[test]
 fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
-    let scratch = Scratch::new("elsewhere");
-    let archive = scratch.dir("archive");
-    let waltide = Waltide::new(&scratch).archive(&archive).cluster("main");
-    let cluster = Cluster::builder("db")
-        .scratch(&scratch)
-        .setting("archive_mode", "on")
-        .setting("archive_command", &waltide.archive_command())
-        .create();
+    let site = Site::new("elsewhere");
+    let cluster = site.builder("db").create();
+    let Site { scratch, waltide, .. } = &site;
     let etc = scratch.dir("etc");
     let data_dir = cluster.data_dir().to_owned();
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
@@ -676,13 +607,13 @@ fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
     scratch.dir("etc/conf.d");
     scratch.file("etc/conf.d/10-mine.conf", "work_mem = '7MB'\n");
     waltide.ok(["init", "--data-dir", text(&data_dir)]);
-    let server = cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(&scratch, "postgres");
+    let server = cluster.install().runner("postgres").args(["-D", text(&etc)]).spawn(scratch, "postgres");
     // Attached only once it is ready: a cluster that is let go takes its server with it.
     waltide_tests::poll_until("the server", std::time::Duration::from_secs(60), || {
         let pid_file = fs::read_to_string(data_dir.join("postmaster.pid")).ok()?;
         (pid_file.lines().nth(7)?.trim() == "ready").then_some(())
     });
-    let cluster = Cluster::attach("db", &scratch, &data_dir).unwrap();
+    let cluster = Cluster::attach("db", scratch, &data_dir).unwrap();
     waltide.ok(["backup", "--data-dir", text(&data_dir)]);
     let mut journal = Journal::create(&cluster);
     let last = journal.steps_on(&cluster, 2);
@@ -694,7 +625,7 @@ fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
     assert!(!restored.exists());
     waltide.ok(["restore", "--data-dir", text(&restored), "--archive-mode", "off"]);
     fs::rename(&etc, scratch.join("etc-gone")).unwrap();
-    let mut home = Cluster::with_data_dir("home", &scratch, &restored);
+    let mut home = Cluster::with_data_dir("home", scratch, &restored);
     home.start();
     home.wait_promoted();
     journal.assert_exactly_up_to(&home, last.id);
@@ -705,18 +636,17 @@ fn a_cluster_whose_configuration_lay_elsewhere_starts_by_itself() {
 
 #[test]
 fn the_last_segment_of_a_timeline_that_was_left_serves_as_far_as_it_goes() {
-    let site = Site::new("partial");
-    let mut journal = Journal::create(&site.cluster);
-    journal.steps_on(&site.cluster, 2);
-    site.backup();
-    site.cluster.archive_all();
-    let mut standby = site.cluster.make_standby("standby");
+    let (site, mut cluster) = started("partial");
+    let mut journal = Journal::create(&cluster);
+    journal.steps_on(&cluster, 2);
+    site.back_up(&cluster);
+    cluster.archive_all();
+    let mut standby = cluster.make_standby("standby");
     standby.stop(StopMode::Fast);
     standby.set("archive_mode", "on");
     standby.start();
-    let last = journal.steps_on(&site.cluster, 3);
-    standby.wait_caught_up(&site.cluster);
-    let Site { scratch, waltide, archive, mut cluster } = site;
+    let last = journal.steps_on(&cluster, 3);
+    standby.wait_caught_up(&cluster);
     cluster.kill9();
     standby.promote();
     let mut other = journal.forked_after(last.id);
@@ -724,10 +654,9 @@ fn the_last_segment_of_a_timeline_that_was_left_serves_as_far_as_it_goes() {
     standby.archive_all();
     let partial = |p: &PathBuf| text(p).ends_with(".partial");
     waltide_tests::poll_until("the .partial", std::time::Duration::from_secs(60), || {
-        snapshot(&archive).into_keys().find(partial)
+        snapshot(&site.archive).into_keys().find(partial)
     });
     standby.stop(StopMode::Fast);
-    let site = Site { scratch, waltide, archive, cluster };
     let dry = site.scratch.fresh_path("dry");
     let answer =
         site.waltide.json(["restore", "--data-dir", text(&dry), "--target-timeline", "1", "--dry-run"]);
@@ -736,7 +665,7 @@ fn the_last_segment_of_a_timeline_that_was_left_serves_as_far_as_it_goes() {
     for (name, timeline, journal, expected) in
         [("old", "1", &journal, last.id), ("new", "latest", &other, newest.id)]
     {
-        let mut found = site.restored(name, &["--archive-mode", "off", "--target-timeline", timeline]);
+        let mut found = site.restored(name, &["--target-timeline", timeline]);
         journal.assert_exactly_up_to(&found, expected);
         found.stop(StopMode::Fast);
     }
