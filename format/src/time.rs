@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use jiff::civil::DateTime;
-use jiff::tz::{Offset, TimeZone};
+use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 use jiff::{Timestamp, Zoned};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -61,10 +61,15 @@ impl TimestampTz {
     }
 
     /// Reads RFC 3339, PostgreSQL's own form, or `@` and Unix seconds. A moment without an offset is in
-    /// `zone`, like PostgreSQL takes it in its own `TimeZone`.
+    /// `zone`, like PostgreSQL takes it in its own `TimeZone`: what its clocks showed twice is standard time.
     pub fn parse_in(text: &str, zone: &TimeZone) -> Result<Self, TimeError> {
         let error = || TimeError { found: text.chars().take(80).collect() };
         let trimmed = text.trim();
+        // jiff takes a leap second for the second before it.
+        if let Some(before) = before_leap_second(trimmed) {
+            let moment = Self::parse_in(&before, zone).map_err(|_| error())?;
+            return Ok(Self(moment.0.saturating_add(1_000_000)));
+        }
         if let Some(unix) = trimmed.strip_prefix('@') {
             return parse_unix(unix).ok_or_else(error);
         }
@@ -80,9 +85,27 @@ impl TimestampTz {
             None => zone.clone(),
             Some(name) => zone_of(name).ok_or_else(error)?,
         };
-        let zoned = civil.to_zoned(zone).map_err(|_| error())?;
-        Ok(Self::from_jiff(zoned.timestamp()))
+        let moment = zone.to_ambiguous_timestamp(civil);
+        let moment = match moment.offset() {
+            AmbiguousOffset::Fold { .. } => moment.later(),
+            _ => moment.compatible(),
+        };
+        Ok(Self::from_jiff(moment.map_err(|_| error())?))
     }
+}
+
+/// The text with second 59 where it has second 60.
+fn before_leap_second(text: &str) -> Option<String> {
+    let after_date = text.find(['T', 't', ' '])?.checked_add(1)?;
+    let time = text.get(after_date..)?;
+    let colons = time.as_bytes().get(2) == Some(&b':');
+    let (minute, second, end) = if colons { (3, 6, 8) } else { (2, 4, 6) };
+    let digits = |from, to| time.get(from..to).filter(|t| t.bytes().all(|b| b.is_ascii_digit()));
+    let is_whole = digits(0, 2).is_some() && digits(minute, minute.checked_add(2)?).is_some();
+    let is_leap = digits(second, end)? == "60" && (!colons || time.as_bytes().get(5) == Some(&b':'));
+    let at = after_date.checked_add(second)?;
+    (is_whole && is_leap)
+        .then(|| format!("{}59{}", text.get(..at).unwrap_or_default(), time.get(end..).unwrap_or_default()))
 }
 
 /// `1763659800` or `1763659800.25`.
@@ -115,10 +138,54 @@ fn split_offset(text: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// A zone from `Z`, `UTC`, `+02`, `+0230`, `+02:30`, `+02:30:15` or an IANA name.
+/// What PostgreSQL's default abbreviations mean, in minutes east of Greenwich, all the year round. Those whose meaning
+/// has changed are left out; so are those that few know by heart.
+const ABBREVIATIONS: &[(&str, i32)] = &[
+    ("ACDT", 630),
+    ("ACST", 570),
+    ("ADT", -180),
+    ("AEDT", 660),
+    ("AEST", 600),
+    ("AKDT", -480),
+    ("AKST", -540),
+    ("AST", -240),
+    ("AWST", 480),
+    ("BST", 60),
+    ("CDT", -300),
+    ("CEST", 120),
+    ("CET", 60),
+    ("CST", -360),
+    ("EDT", -240),
+    ("EEST", 180),
+    ("EET", 120),
+    ("EST", -300),
+    ("GMT", 0),
+    ("HKT", 480),
+    ("HST", -600),
+    ("IST", 120),
+    ("JST", 540),
+    ("KST", 540),
+    ("MDT", -360),
+    ("MEST", 120),
+    ("MET", 60),
+    ("MST", -420),
+    ("NDT", -150),
+    ("NST", -210),
+    ("NZDT", 780),
+    ("NZST", 720),
+    ("PDT", -420),
+    ("PST", -480),
+    ("SAST", 120),
+    ("UTC", 0),
+    ("WET", 0),
+    ("Z", 0),
+];
+
+/// A zone from `Z`, `UTC`, `CEST`, `+02`, `+0230`, `+02:30`, `+02:30:15` or an IANA name.
 fn zone_of(name: &str) -> Option<TimeZone> {
-    if matches!(name, "Z" | "z" | "UTC" | "utc" | "GMT" | "gmt") {
-        return Some(TimeZone::UTC);
+    // Before IANA's names: CET is one of those, too, and has a summer there.
+    if let Some((_, minutes)) = ABBREVIATIONS.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
+        return Some(Offset::from_seconds(minutes.checked_mul(60)?).ok()?.to_time_zone());
     }
     let Some(rest) = name.strip_prefix(['+', '-']) else { return TimeZone::get(name).ok() };
     let digits: String = rest.chars().filter(|c| *c != ':').collect();
@@ -263,6 +330,28 @@ mod tests {
         let berlin = TimeZone::get("Europe/Berlin").unwrap();
         let moment = TimestampTz::parse_in("2026-01-31 12:00:00", &berlin).unwrap();
         assert_eq!(moment.to_string(), "2026-01-31 11:00:00+00");
+    }
+
+    #[test]
+    fn what_clocks_show_twice_or_never_is_taken_as_postgresql_takes_it() {
+        let zone = TimeZone::get("America/New_York").unwrap();
+        for (text, want) in [
+            ("2026-11-01 00:59:59", "2026-11-01 04:59:59+00"),
+            ("2026-11-01 01:30:00", "2026-11-01 06:30:00+00"),
+            ("2026-11-01 02:00:00", "2026-11-01 07:00:00+00"),
+            ("2026-03-08 02:30:00", "2026-03-08 07:30:00+00"),
+            ("2026-07-01 12:00:00 CET", "2026-07-01 11:00:00+00"),
+            ("2026-07-01 12:00:00 cest", "2026-07-01 10:00:00+00"),
+            ("2026-07-01 12:00:00 Europe/Berlin", "2026-07-01 10:00:00+00"),
+            ("2026-12-31 23:59:60+00", "2027-01-01 00:00:00+00"),
+            ("20261231T235960Z", "2027-01-01 00:00:00+00"),
+            ("2026-12-31T23:59:60.25Z", "2027-01-01 00:00:00.25+00"),
+        ] {
+            assert_eq!(TimestampTz::parse_in(text, &zone).unwrap().to_string(), want, "{text}");
+        }
+        for bad in ["2026-12-31 23:60:00", "2026-12-31 23:59:61", "2026-12-31 12:00 XYZ"] {
+            assert!(TimestampTz::parse_in(bad, &zone).is_err(), "{bad}");
+        }
     }
 
     proptest! {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use jiff::tz::TimeZone;
 use serde::Serialize;
 use waltide_format::archive::{Catalog, DrillRecord, Envelope, Layout, ObjectKind, Rates};
 use waltide_format::engines::postgres::catalogue::TablePattern;
@@ -136,7 +137,26 @@ fn owner(text: &str) -> Result<Owner, String> {
 }
 
 pub(super) fn time(text: &str) -> Result<TimestampTz, String> {
-    TimestampTz::parse_in(text, &jiff::tz::TimeZone::system()).map_err(|e| e.to_string())
+    time_in(text, TimeZone::try_system().ok(), std::env::var("TZ").ok())
+}
+
+/// A time where the machine's zone is `system`, and `TZ` is `named`.
+fn time_in(text: &str, system: Option<TimeZone>, named: Option<String>) -> Result<TimestampTz, String> {
+    let read = |zone: &TimeZone| TimestampTz::parse_in(text, zone).map_err(|e| e.to_string());
+    match (system, named.filter(|name| !name.is_empty())) {
+        (Some(zone), _) => read(&zone),
+        // Who names a zone that nobody knows does not mean UTC.
+        (None, Some(name)) => {
+            let moment = read(&TimeZone::UTC)?;
+            match read(&TimeZone::fixed(jiff::tz::offset(1)))? == moment {
+                true => Ok(moment),
+                false => {
+                    Err(format!("{text:?} has no offset, and TZ is {name:?}, which is no time zone: say one"))
+                }
+            }
+        }
+        (None, None) => read(&TimeZone::UTC),
+    }
 }
 
 fn unix_time(text: &str) -> Result<TimestampTz, String> {
@@ -455,4 +475,41 @@ fn told(plan: &Plan, part: Option<&Part>, restored: &Restored, outcome: Option<&
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tablespace_is_mapped_to_an_absolute_path_whatever_its_old_one_is_called() {
+        let map = |text| mapping(text).map(|(from, to)| (from, to.to_str().unwrap().to_owned()));
+        for (text, from, to) in [
+            ("/a=/b", "/a", "/b"),
+            ("/a = b=/c=d", "/a = b", "/c=d"),
+            ("16410=/b", "16410", "/b"),
+            ("/a=b", "/a", "b"),
+        ] {
+            assert_eq!(map(text), Ok((from.to_owned(), to.to_owned())), "{text}");
+        }
+        assert!(map("/a").is_err());
+    }
+
+    #[test]
+    fn a_zone_that_nobody_knows_is_not_taken_for_utc() {
+        let bogus = || Some("Bogus/Zone".to_owned());
+        let refused = time_in("2026-01-31 12:00:00", None, bogus()).unwrap_err();
+        assert_eq!(
+            refused,
+            "\"2026-01-31 12:00:00\" has no offset, and TZ is \"Bogus/Zone\", which is no time zone: say one"
+        );
+        for (text, zone, named) in [
+            ("2026-01-31 12:00:00+02", None, bogus()),
+            ("@1769853600", None, bogus()),
+            ("2026-01-31 10:00:00", None, None),
+            ("2026-01-31 12:00:00", TimeZone::get("Europe/Helsinki").ok(), bogus()),
+        ] {
+            assert_eq!(time_in(text, zone, named).unwrap().to_string(), "2026-01-31 10:00:00+00", "{text}");
+        }
+    }
 }
