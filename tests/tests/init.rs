@@ -21,6 +21,16 @@ fn init_works_with_the_server_stopped_or_running_and_twice() {
     let again = waltide.json(["init", "--data-dir", &data_dir]);
     assert_eq!((&again["archive_json"], &again["system_json"]), (&"existing".into(), &"existing".into()));
     assert_eq!(again["system_id"], made["system_id"]);
+    let inside = cluster.data_dir().join("archive");
+    let refused = waltide.clone().archive(&inside).fails(1, ["init", "--data-dir", &data_dir]);
+    assert!(refused.stderr.contains("lies in the data directory"), "{}", refused.describe());
+    assert!(!inside.exists());
+    // PostgreSQL could not write into an archive that root made for itself.
+    let foreign =
+        waltide.clone().as_self().archive(scratch.join("foreign")).ok(["init", "--data-dir", &data_dir]);
+    let is_root = rustix::process::geteuid().is_root();
+    assert_eq!(foreign.stderr.contains("give it the archive (chown -R)"), is_root, "{}", foreign.stderr);
+    assert!(!waltide.ok(["init", "--data-dir", &data_dir]).stderr.contains("chown"));
 
     // What is printed can be put into postgresql.conf as it is.
     let text = waltide.ok(["init", "--data-dir", &data_dir]).stdout;

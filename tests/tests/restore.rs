@@ -336,7 +336,7 @@ fn nothing_is_touched_before_it_may_be() {
     assert!(running.stderr.contains("a server is running on"), "{}", running.stderr);
     journal.assert_exactly_up_to(&cluster, last.id);
 
-    let Site { scratch, waltide, .. } = site;
+    let Site { scratch, archive, waltide } = site;
     cluster.stop(StopMode::Fast);
     cluster.scratch().file("db/precious", "do not lose");
     let before = snapshot(cluster.data_dir());
@@ -364,6 +364,15 @@ fn nothing_is_touched_before_it_may_be() {
     assert!(unknown.stderr.contains("restore point \"nowhere\" is not in its WAL"), "{}", unknown.stderr);
     waltide.fails(2, ["restore", "--data-dir", &data_dir, "--target-xid", "7", "--target", "latest"]);
     waltide.fails(2, ["restore", "--data-dir", &data_dir, "--target-exclusive"]);
+    // Whatever is allowed, no restore clears away what it restores from.
+    for place in [archive.clone(), archive.join("main"), archive.join("new"), scratch.path().to_owned()] {
+        let refused = waltide.fails(1, ["restore", "--data-dir", text(&place), "--allow-clear", "--dry-run"]);
+        assert!(refused.stderr.contains("lie one in the other"), "{}", refused.stderr);
+    }
+    for backup in ["latest", "2"] {
+        waltide.ok(["restore", "--data-dir", &data_dir, "--backup", backup, "--allow-clear", "--dry-run"]);
+    }
+    waltide.fails(1, ["restore", "--data-dir", &data_dir, "--backup", "1999", "--allow-clear"]);
     let dry = waltide.ok(["restore", "--data-dir", &data_dir, "--allow-clear", "--dry-run"]);
     for part in [
         "delete    ",

@@ -1,7 +1,8 @@
 //! `waltide init`.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use waltide_archiver::engines::postgres::init::{Applied, InitRequest, Initialised, apply, init};
@@ -57,6 +58,15 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let now = TimestampTz::from_jiff(jiff::Timestamp::now());
     let request = InitRequest { url, layout, data_dir: data_dir.clone(), upgrade: args.upgrade, now };
     let (_, made) = init(&request).await?;
+    let owner = |path: &Path| std::fs::metadata(path).ok().map(|about| about.uid());
+    if let (Some(ours), Some(theirs)) = (request.url.local_path().and_then(owner), owner(&data_dir))
+        && ours != theirs
+    {
+        tracing::warn!(
+            "the archive belongs to user {ours}, the data directory to user {theirs}, as whom PostgreSQL pushes and \
+             fetches: give it the archive (chown -R)"
+        );
+    }
     let connection = args.connection.or_else(|| context.config.connection.clone());
     let applied = match args.apply {
         true => Some(apply(&data_dir, connection.as_deref(), &settings).await?),

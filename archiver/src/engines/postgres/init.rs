@@ -103,6 +103,15 @@ pub enum InitError {
         /// The data directory's.
         found: SystemId,
     },
+    /// The archive would go with the database that it is there for.
+    #[error(
+        "{archive} lies in the data directory: it would be lost with it, deleted by a restore, and be a part of every \
+         backup\nhint: put the archive elsewhere, best on another machine's disks."
+    )]
+    InDataDir {
+        /// The archive's address.
+        archive: String,
+    },
     /// The archive knows the system with other properties.
     #[error(
         "{path} says {field} {stored}, the data directory has {found}\nhint: pg_resetwal may have changed it; give the \
@@ -141,6 +150,9 @@ pub async fn init(request: &InitRequest) -> Result<(Archive, Initialised), InitE
         segment_size: control.segment_size,
         created: *now,
     };
+    if url.local_path().is_some_and(|archive| lies_in(archive, data_dir)) {
+        return Err(InitError::InDataDir { archive: url.to_string() });
+    }
     let (archive, archive_json) = make_archive(url, *now).await?;
     let known = init::systems(&archive, layout).await?;
     if !known.is_empty() && !known.contains(&info.system_id) && !upgrade {
@@ -166,6 +178,18 @@ pub async fn init(request: &InitRequest) -> Result<(Archive, Initialised), InitE
         system_json,
     };
     Ok((archive, made))
+}
+
+/// Whether a path, which may not be there yet, leads into a directory.
+fn lies_in(path: &Path, dir: &Path) -> bool {
+    let there = path.ancestors().find_map(|above| {
+        let found = fs::canonicalize(above).ok()?;
+        Some(path.strip_prefix(above).map_or(found.clone(), |rest| found.join(rest)))
+    });
+    match (there, fs::canonicalize(dir)) {
+        (Some(path), Ok(dir)) => path.starts_with(dir),
+        _ => false,
+    }
 }
 
 fn check_data_dir(data_dir: &Path) -> Result<ControlFile, InitError> {
@@ -299,7 +323,13 @@ pub fn apply_to_files(data_dir: &Path, wanted: &ArchiveSettings) -> Result<Appli
         Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(failed(e)),
     };
-    let needed: Vec<(&str, &str)> = wanted.needed().collect();
+    // More than is needed is somebody's wish: wal_level logical, archive_mode always.
+    let conf = fs::read_to_string(data_dir.join("postgresql.conf")).unwrap_or_default();
+    let is_more = |name: &str, value: &str| {
+        let current = set_value(&old, name).or_else(|| set_value(&conf, name));
+        current.is_some_and(|current| current != value && ArchiveSettings::suffices(name, current, value))
+    };
+    let needed: Vec<_> = wanted.needed().filter(|(name, value)| !is_more(name, value)).collect();
     let named = |line: &str| needed.iter().any(|(name, _)| setting_name(line) == Some(name));
     let mut text: String = old.lines().filter(|line| !named(line)).flat_map(|line| [line, "\n"]).collect();
     for (name, value) in &needed {
@@ -320,6 +350,14 @@ pub fn apply_to_files(data_dir: &Path, wanted: &ArchiveSettings) -> Result<Appli
 fn setting_name(line: &str) -> Option<&str> {
     let name = line.trim_start().split(|c: char| c == '=' || c.is_whitespace()).next()?;
     (!name.is_empty() && !name.starts_with('#')).then_some(name)
+}
+
+/// The value that the last line for a setting gives it, of those that are a plain word.
+fn set_value<'a>(conf: &'a str, name: &str) -> Option<&'a str> {
+    let line = conf.lines().rev().find(|line| setting_name(line) == Some(name))?;
+    let value = line.trim_start().strip_prefix(name)?.trim_start_matches([' ', '\t', '=']);
+    let value = value.split([' ', '\t', '#']).next()?;
+    Some(value.trim_matches('\''))
 }
 
 /// Replaces a file of the data directory at once; the new one belongs to whoever owns the directory.
@@ -363,5 +401,45 @@ mod tests {
         let again = apply_to_files(dir, &wanted).unwrap();
         assert_eq!(again.changed, []);
         assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    }
+
+    #[test]
+    fn what_is_more_than_needed_stays() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path();
+        let file = dir.join("postgresql.auto.conf");
+        fs::write(
+            dir.join("postgresql.conf"),
+            "wal_level = minimal\nwal_level=logical # slots\n#wal_level = minimal\n",
+        )
+        .unwrap();
+        fs::write(&file, "archive_mode = 'always'\n").unwrap();
+        let wanted = ArchiveSettings::new(Path::new("/w"), &"/a".parse().unwrap(), "main").unwrap();
+        let applied = apply_to_files(dir, &wanted).unwrap();
+        let names: Vec<_> = applied.changed.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["archive_command"]);
+        let text = fs::read_to_string(&file).unwrap();
+        assert_eq!(
+            text,
+            "archive_mode = 'always'\narchive_command = '/w --archive /a --cluster main push %p'\n"
+        );
+        // ALTER SYSTEM beats the file.
+        fs::write(&file, "wal_level = 'minimal'\n").unwrap();
+        let applied = apply_to_files(dir, &wanted).unwrap();
+        assert_eq!(applied.changed.first().unwrap(), &("wal_level".to_owned(), "replica".to_owned()));
+    }
+
+    #[test]
+    fn an_archive_in_the_data_directory_is_found_whatever_it_is_called() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path().join("data");
+        fs::create_dir_all(data.join("pg_wal")).unwrap();
+        std::os::unix::fs::symlink(&data, scratch.path().join("link")).unwrap();
+        for inside in ["data", "data/archive", "data/pg_wal/new/archive", "link/archive"] {
+            assert!(lies_in(&scratch.path().join(inside), &data), "{inside}");
+        }
+        for outside in ["", "archive", "data2", "link2/archive"] {
+            assert!(!lies_in(&scratch.path().join(outside), &data), "{outside}");
+        }
     }
 }

@@ -21,7 +21,7 @@ use serde::Serialize;
 use waltide_format::archive::{ExtentMap, Manifest, SystemLayout, Tablespace};
 use waltide_format::engines::postgres::cluster::RelationSegment;
 use waltide_format::{BLOCK_BYTES, BackupId, Corrupt, WalFileName};
-use waltide_storage::{Archive, Progress};
+use waltide_storage::{Archive, ArchiveUrl, Progress};
 
 use super::fetch::{FetchRequest, Fetcher};
 use super::forward::{
@@ -254,8 +254,9 @@ impl Restore {
                 ),
             }
         }
-        let (manifest, maps, options, actions) =
-            blocking(|| actions(plan, &manifest, &mut options, notes).map(|a| (manifest, maps, options, a)))?;
+        let (manifest, maps, options, actions) = blocking(|| {
+            actions(archive, plan, &manifest, &mut options, notes).map(|a| (manifest, maps, options, a))
+        })?;
         Ok(Self {
             archive: archive.clone(),
             layout: system,
@@ -714,6 +715,7 @@ pub(super) fn marker_text(manifest: &Manifest, tablespaces: &[Placed]) -> String
 
 /// Checks the place and says what will happen to it.
 fn actions(
+    archive: &Archive,
     plan: &Plan,
     manifest: &Manifest,
     options: &mut RestoreOptions,
@@ -725,6 +727,17 @@ fn actions(
     }
     let (made, map) = (&options.made, &options.tablespace_map);
     let tablespaces = place::map_tablespaces(&manifest.tablespaces, made, map, data_dir)?;
+    let wal = data_dir.join("pg_wal");
+    let linked = fs::read_link(&wal).ok().map(|elsewhere| data_dir.join(elsewhere));
+    let url = archive.url().starts_with("file:").then(|| archive.url().parse::<ArchiveUrl>());
+    if let Some(Ok(url)) = url
+        && let Some(archive) = url.local_path()
+    {
+        let spaces = tablespaces.iter().map(|t| t.to.as_path());
+        let places: Vec<_> =
+            std::iter::once(data_dir.as_path()).chain(linked.as_deref()).chain(spaces).collect();
+        place::apart_from(archive, &places)?;
+    }
     let owner = match options.files_only {
         true => None,
         false => place::owner(data_dir, options.owner)?,
@@ -735,10 +748,9 @@ fn actions(
     let delta = options.delta || unfinished;
     let mut there = place::contents(data_dir)?;
     // A pg_wal elsewhere stays where it is, empty.
-    let wal = data_dir.join("pg_wal");
-    if let Ok(elsewhere) = fs::read_link(&wal) {
+    if let Some(linked) = &linked {
         there.retain(|d| d.path != wal);
-        there.extend(place::contents(&data_dir.join(elsewhere))?);
+        there.extend(place::contents(linked)?);
     }
     // Of a tablespace's place only the directories that the backup fills are ours to clear.
     let mut spaces = Vec::new();

@@ -81,7 +81,7 @@ pub enum PlaceError {
     },
     /// Something is there.
     #[error(
-        "{} is not empty: {}\nhint: --allow-clear (or BACKUP_ALLOW_CLEAR=true) deletes what is there; --dry-run shows what that is; nothing was touched",
+        "{} is not empty: {}\nhint: --allow-clear (or BACKUP_ALLOW_CLEAR=true) deletes what is there, and shows with --dry-run what that is; nothing was touched",
         path.display(), found.join(", ")
     )]
     NotEmpty {
@@ -95,6 +95,23 @@ pub enum PlaceError {
     NotADirectory {
         /// The place.
         path: PathBuf,
+    },
+    /// The place is a link, and what it leads to is not there.
+    #[error("{} is a link to what is not there\nhint: mount what it leads to, or remove the link; nothing was touched", path.display())]
+    Dangling {
+        /// The place.
+        path: PathBuf,
+    },
+    /// The place holds the archive, or lies in it.
+    #[error(
+        "{} and the archive at {} lie one in the other, and a restore clears its place\nhint: restore elsewhere (--data-dir, --tablespace-map); nothing was touched",
+        path.display(), archive.display()
+    )]
+    Archive {
+        /// The place.
+        path: PathBuf,
+        /// The archive.
+        archive: PathBuf,
     },
     /// A tablespace's place cannot be one.
     #[error("tablespace {oid} cannot be put at {}: {why}", path.display())]
@@ -231,6 +248,9 @@ pub(super) fn running_server(data_dir: &Path) -> Result<Option<i32>, PlaceError>
 pub(super) fn contents(dir: &Path) -> Result<Vec<Deletion>, PlaceError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && dir.is_symlink() => {
+            return Err(PlaceError::Dangling { path: dir.to_owned() });
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
             return Err(PlaceError::NotADirectory { path: dir.to_owned() });
@@ -337,6 +357,26 @@ pub(super) fn nearest(path: &Path) -> PathBuf {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 
+/// Where a path really leads, as far as it exists.
+fn real(path: &Path) -> Result<PathBuf, PlaceError> {
+    let there = nearest(path);
+    let found = fs::canonicalize(&there).map_err(io_at(&there))?;
+    let rest = path.strip_prefix(&there).unwrap_or(Path::new(""));
+    Ok(found.components().chain(rest.components()).collect())
+}
+
+/// Refuses a place that has the archive in it, or lies in the archive itself.
+pub(super) fn apart_from(archive: &Path, places: &[&Path]) -> Result<(), PlaceError> {
+    let archive = real(archive)?;
+    for path in places {
+        let place = real(path)?;
+        if archive.starts_with(&place) || place.starts_with(&archive) {
+            return Err(PlaceError::Archive { path: path.to_path_buf(), archive });
+        }
+    }
+    Ok(())
+}
+
 /// Whether we may make entries there.
 pub(super) fn check_writable(path: &Path) -> Result<(), PlaceError> {
     let dir = nearest(path);
@@ -403,6 +443,39 @@ mod tests {
         ] {
             let err = mapped(&[("16401", to)]).unwrap_err();
             assert_eq!(err, format!("tablespace 16401 cannot be put at {to}: {why}"));
+        }
+    }
+
+    #[test]
+    fn a_link_to_what_is_not_there_is_no_empty_place() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (link, disk) = (scratch.path().join("data"), scratch.path().join("disk"));
+        std::os::unix::fs::symlink(&disk, &link).unwrap();
+        let err = contents(&link).unwrap_err().to_string();
+        assert!(err.starts_with(&format!("{} is a link to what is not there\n", link.display())), "{err}");
+        fs::create_dir(&disk).unwrap();
+        assert_eq!(contents(&link).unwrap(), []);
+        assert_eq!(contents(&scratch.path().join("nothing")).unwrap(), []);
+    }
+
+    #[test]
+    fn no_place_holds_the_archive_or_lies_in_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(scratch.path()).unwrap();
+        fs::create_dir_all(root.join("site/archive/main")).unwrap();
+        std::os::unix::fs::symlink(root.join("site"), root.join("link")).unwrap();
+        let archive = root.join("site/archive");
+        for near in
+            ["site", "site/archive", "site/archive/main", "site/archive/new/x", "link", "link/archive/new"]
+        {
+            let near = root.join(near);
+            let err = apart_from(&archive, &[&root.join("elsewhere"), &near]).unwrap_err().to_string();
+            let want =
+                format!("{} and the archive at {} lie one in the other", near.display(), archive.display());
+            assert!(err.starts_with(&want), "{err}");
+        }
+        for apart in ["site/archive2", "site/data", "archive", "link/data/x"] {
+            apart_from(&archive, &[&root.join(apart)]).unwrap();
         }
     }
 
