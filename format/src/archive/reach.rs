@@ -21,7 +21,7 @@ pub struct Reach {
     pub last_commit: Option<TimestampTz>,
     /// Up to where a restore along the line can go; none where no backup leads there.
     pub recoverable_to: Option<Lsn>,
-    /// The last commit before that. It lies before `last_commit` where a hole does.
+    /// The last commit before that, which may be in the base backup. It lies before `last_commit` where a hole does.
     pub last_recoverable_commit: Option<TimestampTz>,
 }
 
@@ -38,22 +38,24 @@ impl Catalog {
             timeline,
             segment: last.info.name,
             end: last.info.valid_end,
-            last_commit: self.last_commit(timeline),
+            last_commit: self.last_commit(timeline, None),
             recoverable_to: window.map(|w| w.to),
-            last_recoverable_commit: window.and_then(|w| w.to_time),
+            last_recoverable_commit: window
+                .and_then(|w| w.to_time.or_else(|| self.last_commit(timeline, Some(w.to)))),
         })
     }
 
-    /// The last commit on a timeline's line. A timeline that has just begun may have none yet: its ancestor's last one
-    /// before the fork is meant.
-    fn last_commit(&self, timeline: TimelineId) -> Option<TimestampTz> {
+    /// The last commit on a timeline's line, in what ends by `until`. A timeline that has just begun may have none yet:
+    /// its ancestor's last one before the fork is meant.
+    fn last_commit(&self, timeline: TimelineId, until: Option<Lsn>) -> Option<TimestampTz> {
         let line = self.lineage(timeline);
         line.newest_first().find_map(|(timeline, _, end)| {
             let steps = self.best_copies(timeline).map(|entry| {
                 let usable_end = end.map_or(entry.info.valid_end, |end| entry.info.valid_end.min(end));
                 Step { entry, usable_end }
             });
-            steps.filter_map(|step| step.last_commit()).last()
+            let counted = steps.filter(|step| until.is_none_or(|until| step.usable_end <= until));
+            counted.filter_map(|step| step.last_commit()).last()
         })
     }
 }
@@ -101,6 +103,27 @@ mod tests {
         assert_eq!(reach(&c), (end, at(8), Some(Lsn::from(6 * SIZE)), at(5)));
         c.segments = hourly(1, 3..9);
         assert_eq!(reach(&c), (end, at(8), Some(end), at(8)));
+    }
+
+    #[test]
+    fn what_a_backup_holds_can_be_recovered_though_nothing_was_committed_since() {
+        let mut segments = hourly(1, 3..5);
+        segments.extend([segment(1, 5), segment(1, 6)]);
+        for quiet in &mut segments[2..] {
+            quiet.info.last_commit_time = None;
+        }
+        let mut c = catalog(segments);
+        c.backups = vec![backup(1, 5 * SIZE + 40, 5 * SIZE + 900)];
+        let reach = |c: &Catalog| c.reaches(&c.coverage().windows)[0].clone();
+        let (found, end) = (reach(&c), Lsn::from(7 * SIZE));
+        assert_eq!((found.recoverable_to, found.last_recoverable_commit), (Some(end), at(4)));
+        // Behind a hole there is a commit that nothing brings back.
+        c.segments.extend(hourly(1, [8]));
+        let found = reach(&c);
+        assert_eq!(
+            (found.last_commit, found.recoverable_to, found.last_recoverable_commit),
+            (at(8), Some(end), at(4))
+        );
     }
 
     #[test]
