@@ -293,7 +293,30 @@ pub async fn plan<S: Source>(
             }
         }
     }
-    Err(PlanError::Unreachable(Box::new(unreachable(catalog, &damage, goal, &candidates, &late, attempts))))
+    let outside = match (&goal.target, candidates.first()) {
+        (Target::Xid(_) | Target::Name(_), Some(candidate)) => {
+            archived_at(catalog, &candidate.line, goal, &reading).await.map_err(fail)?
+        }
+        _ => None,
+    };
+    let why = unreachable(catalog, &damage, goal, outside, &candidates, &late, attempts);
+    Err(PlanError::Unreachable(Box::new(why)))
+}
+
+/// Where a target that no backup leads to lies in the archived WAL along a line, if it does.
+async fn archived_at<S: Source>(
+    catalog: &Catalog,
+    line: &Lineage,
+    goal: &Goal,
+    reading: &Reading<'_, S>,
+) -> Result<Option<Lsn>, S::Error> {
+    for stretch in catalog.stretches(line) {
+        let Some(start) = stretch.run.steps.first().map(|step| step.start()) else { continue };
+        if let Resolution::Stops(stop) = reading.resolve(&stretch.run, start, start, goal).await? {
+            return Ok(Some(stop.lsn));
+        }
+    }
+    Ok(None)
 }
 
 /// Every backup on the line that `timeline` means, newest first.
@@ -439,13 +462,14 @@ fn unreachable(
     catalog: &Catalog,
     damage: &Damage<'_>,
     goal: &Goal,
+    outside: Option<Lsn>,
     candidates: &[Candidate<'_>],
     late: &[&Candidate<'_>],
     attempts: Vec<Attempt>,
 ) -> Unreachable {
     let windows: Vec<_> = candidates.iter().filter_map(Candidate::window).collect();
     // Of a transaction or a name that is nowhere, no moment is before or after.
-    let (ends, begins): (Vec<_>, Vec<_>) = match (&goal.target, goal.target.lsn()) {
+    let (ends, begins): (Vec<_>, Vec<_>) = match (&goal.target, goal.target.lsn().or(outside)) {
         (&Target::Time(t), _) => (
             windows.iter().filter(|w| w.to.time.is_some_and(|to| to < t)).collect(),
             windows.iter().filter(|w| w.from.time.is_some_and(|from| from >= t)).collect(),
@@ -470,6 +494,8 @@ fn unreachable(
         format!("no backup lies on {line}{}", damage.told())
     } else if late.len() == attempts.len() {
         format!("no backup is old enough{}", damage.told())
+    } else if let Some(lsn) = outside {
+        format!("it is archived at {lsn}, where no backup leads{}", damage.told())
     } else {
         // The backup that came nearest says what is in the way.
         let lates: Vec<_> = late.iter().map(|c| &c.entry.head.id).collect();

@@ -418,7 +418,26 @@ fn what_cannot_be_reached_is_told_with_its_neighbours() {
          nearest before: none\n\
          nearest after: none"
     );
+    let early = world.records[5].end;
+    assert_eq!(
+        told(&world, "705"),
+        format!(
+            "transaction 705 cannot be reached: it is archived at {}, where no backup leads\n\
+             nearest before: none\n\
+             nearest after: LSN 0/43D620, 2000-01-01 00:00:12+00 (backup 20260131T235959Z-0000)",
+            lsn(early)
+        )
+    );
     let world = plain(&[(10, 12), (50, 51)], &[6]);
+    let between = told(&world, "748");
+    assert!(between.starts_with("transaction 748 cannot be reached: it is archived at 0/7"), "{between}");
+    assert!(
+        between.ends_with(
+            "nearest before: LSN 0/5F4D60, 2000-01-01 00:00:31+00 (backup 20260131T235959Z-0000)\n\
+             nearest after: LSN 0/7F5880, 2000-01-01 00:00:51+00 (backup 20260131T235959Z-0001)"
+        ),
+        "{between}"
+    );
     assert_eq!(
         told(&world, "2000-01-01 00:00:45Z"),
         "time 2000-01-01 00:00:45+00 cannot be reached: from backup 20260131T235959Z-0000, its WAL ends at 0/5F4D60: nothing is archived between 000000010000000000000005 and 000000010000000000000007\n\
