@@ -23,16 +23,23 @@ pub(crate) fn answer<T: Serialize>(
         true => serde_json::to_string_pretty(value)?,
         false => text(),
     };
-    let mut stdout = std::io::stdout().lock();
-    // A reader that went away (`| head`) is no failure of ours.
-    let _ = writeln!(stdout, "{}", out.trim_end_matches('\n')).and_then(|()| stdout.flush());
-    Ok(())
+    raw(format!("{}\n", out.trim_end_matches('\n')).as_bytes())
 }
 
 /// Prints bytes as they are.
 pub(crate) fn raw(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(Failure::from)
+    arrived(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+}
+
+/// Whether the answer got where it was to go. A reader that went away (`| head`) is no failure of ours.
+fn arrived(written: std::io::Result<()>) -> Result<(), Failure> {
+    match written {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed("the answer could not be written to stdout", e))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// An answer that comes line by line.
@@ -50,7 +57,7 @@ impl Lines {
 
     /// A line; breaks where it could not be written.
     pub(crate) fn text(&mut self, line: &str) -> ControlFlow<()> {
-        let written = writeln!(self.out, "{line}");
+        let written = writeln!(self.out, "{}", printable(line));
         self.went(written)
     }
 
@@ -70,11 +77,7 @@ impl Lines {
     /// The end.
     pub(crate) fn finish(mut self) -> Result<(), Failure> {
         self.flush();
-        match self.written {
-            // A reader that went away (`| head`) is no failure of ours.
-            Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
-            _ => Ok(()),
-        }
+        arrived(self.written)
     }
 
     fn went(&mut self, written: std::io::Result<()>) -> ControlFlow<()> {
@@ -120,11 +123,22 @@ pub(crate) fn start_log(global: &Global) {
     let _ = log.with_target(false).with_ansi(false).compact().try_init();
 }
 
+/// The text on one line, with nothing that a terminal would obey: what databases call things is anybody's.
+pub(crate) fn printable(text: &str) -> String {
+    let told = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(told).collect()
+}
+
+/// No column is made wider for a cell that is; `format!` itself panics beyond 65535.
+const COLUMN_CHARS_MAX: usize = 200;
+
 /// A table for people: columns as wide as their widest cell, two spaces apart.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|r| r.iter().map(|cell| printable(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count());
-        cells.chain(head.get(column).map(|h| h.chars().count())).max().unwrap_or(0)
+        cells.chain(head.get(column).map(|h| h.chars().count())).max().unwrap_or(0).min(COLUMN_CHARS_MAX)
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let line = |cells: Vec<&str>| {
@@ -138,7 +152,11 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 /// What is known of one thing, a fact a line.
 pub(crate) fn facts(lines: &[(&str, String)]) -> String {
     let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    let line = |(name, text): &(&str, String)| format!("{name:<width$}  {text}").trim_end().to_owned();
+    let line = |(name, text): &(&str, String)| {
+        let lines: Vec<_> = text.lines().map(printable).collect();
+        let indented = lines.join(&format!("\n{:width$}  ", ""));
+        format!("{name:<width$}  {indented}").trim_end().to_owned()
+    };
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
@@ -200,5 +218,23 @@ mod tests {
     fn a_table_lines_its_columns_up() {
         let rows = vec![vec!["1".into(), "x".into()], vec!["22".into(), "y".into()]];
         assert_eq!(table(&["n", "name"], &rows), "n   name\n1   x\n22  y");
+    }
+
+    #[test]
+    fn what_somebody_called_a_thing_neither_breaks_a_line_nor_commands_a_terminal() {
+        assert_eq!(printable("ü\u{1b}[2J\n\t\u{9b}x"), "ü\\u{1b}[2J\\n\\t\\u{9b}x");
+        assert_eq!(table(&["n"], &[vec!["a\nb".into()]]), "n\na\\nb");
+        let long = "x".repeat(100_000);
+        assert_eq!(
+            table(&["n", "m"], &[vec![long.clone(), "y".into()]]).lines().last(),
+            Some(&*format!("{long}  y"))
+        );
+        assert_eq!(facts(&[("name", "a\u{7}\nfaults  none".into())]), "name  a\\u{7}\n      faults  none");
+    }
+
+    #[test]
+    fn an_answer_that_got_nowhere_is_a_failure_unless_nobody_reads_it() {
+        let written = |kind: std::io::ErrorKind| arrived(Err(kind.into())).is_ok();
+        assert!(written(std::io::ErrorKind::BrokenPipe) && !written(std::io::ErrorKind::StorageFull));
     }
 }
