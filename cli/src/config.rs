@@ -44,11 +44,21 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(|e| {
             Failure::usage(format!("the configuration file {} cannot be read: {e}", path.display()))
         })?;
-        let config = toml::from_str(&text).map_err(|e| {
+        let config = Self::parse(&text).map_err(|e| {
             Failure::usage(format!("the configuration file {} is wrong: {e}", path.display()))
         })?;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Ok((config, Some(absolute)))
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|e| e.to_string())?;
+        match config.compression_level {
+            Some(level) if !(1..=19).contains(&level) => {
+                Err(format!("compression_level {level} is not between 1 and 19"))
+            }
+            _ => Ok(config),
+        }
     }
 }
 
@@ -67,7 +77,8 @@ pub(crate) fn parse_dotenv(text: &str) -> BTreeMap<String, String> {
 
 fn unquote(value: &str) -> String {
     for quote in ['"', '\''] {
-        if let Some(inner) = value.strip_prefix(quote).and_then(|v| v.strip_suffix(quote)) {
+        // Behind the closing quote a comment may stand.
+        if let Some((inner, _)) = value.strip_prefix(quote).and_then(|v| v.split_once(quote)) {
             return inner.to_owned();
         }
     }
@@ -80,15 +91,25 @@ mod tests {
 
     #[test]
     fn a_dotenv_file_is_read_as_shells_write_it() {
-        let text = "# comment\nexport A=1\nB = 'x y'\nC=\"z\" \nD=v # note\nbad line\n=x\n";
+        let text = "# comment\nexport A=1\nB = 'x # y' # z\nC=\"z\" \nD=v # note\nbad line\n=x\n";
         let found: Vec<_> = parse_dotenv(text).into_iter().collect();
-        let want = [("A", "1"), ("B", "x y"), ("C", "z"), ("D", "v")];
+        let want = [("A", "1"), ("B", "x # y"), ("C", "z"), ("D", "v")];
         assert_eq!(found, want.map(|(k, v)| (k.to_owned(), v.to_owned())));
     }
 
     #[test]
     fn a_key_that_does_not_exist_is_refused() {
-        let err = toml::from_str::<Config>("archiv = 'x'").unwrap_err();
-        assert!(err.to_string().contains("unknown field `archiv`"), "{err}");
+        let err = Config::parse("archiv = 'x'").unwrap_err();
+        assert!(err.contains("unknown field `archiv`"), "{err}");
+    }
+
+    #[test]
+    fn a_level_that_zstd_does_not_have_is_refused_whatever_the_command() {
+        let level = |text: &str| Config::parse(text).map(|config| config.compression_level);
+        assert_eq!(level("compression_level = 19"), Ok(Some(19)));
+        for bad in [0, 20, -1] {
+            let want = format!("compression_level {bad} is not between 1 and 19");
+            assert_eq!(level(&format!("compression_level = {bad}")), Err(want));
+        }
     }
 }

@@ -29,7 +29,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         layout: context.layout()?,
         path: args.path,
         threads: context.threads,
-        level: level(args.compression_level, context)?,
+        level: args.compression_level.or(context.config.compression_level).unwrap_or(DEFAULT_LEVEL),
         force_admit: args.force_admit,
     };
     let pushed = push(&request).await?;
@@ -42,15 +42,6 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
             tracing::info!("{}", text(&pushed));
             Ok(())
         }
-    }
-}
-
-/// The level that a flag or the configuration file asks for.
-pub(crate) fn level(flag: Option<i32>, context: &Context) -> Result<i32, Failure> {
-    let level = flag.or(context.config.compression_level).unwrap_or(DEFAULT_LEVEL);
-    match (1..=19).contains(&level) {
-        true => Ok(level),
-        false => Err(Failure::usage(format!("compression_level {level} is not between 1 and 19"))),
     }
 }
 

@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 
 use tokio::signal::unix::{SignalKind, signal};
-use waltide_archiver::engines::postgres::push::Shipper;
+use waltide_archiver::engines::postgres::push::{DEFAULT_LEVEL, Shipper};
 use waltide_archiver::engines::postgres::watch::{WatchRequest, watch};
 
-use crate::commands::push::level;
 use crate::context::Context;
 use crate::exit::Failure;
 use crate::output;
@@ -34,7 +33,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
             _ = interrupt.recv() => {}
         }
     };
-    let level = level(args.compression_level, context)?;
+    let level = args.compression_level.or(context.config.compression_level).unwrap_or(DEFAULT_LEVEL);
     let shipper = Shipper::new(context.archive().await?, context.layout()?, level);
     let request = WatchRequest { data_dir, threads: context.threads };
     let watched = watch(&shipper, &request, stop).await?;
