@@ -509,6 +509,8 @@ fn fetch_tells_postgresql_only_what_is_sure() {
     if original.exists() {
         assert!(fs::read(&dest).unwrap() == fs::read(original).unwrap());
     }
+    let told = site.waltide.clone().current_dir(&data_dir).json(["fetch", &segment, text(&dest)]);
+    assert_eq!(told, serde_json::json!({"name": segment, "bytes": 1 << 20, "from_queue": false}));
     assert_eq!(fetch("0000000100000000000000FF", text(&dest)), 1);
     assert_eq!(fetch("00000007.history", text(&dest)), 1);
     assert_eq!(fetch("nonsense", text(&dest)), 126);

@@ -2,11 +2,15 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use clap::ArgAction;
+use serde::Serialize;
 use waltide_format::{SegmentName, SegmentSize, WalFileName};
-use waltide_replay::engines::postgres::{FetchError, FetchOutcome, FetchRequest, Fetcher, ReadAhead, Wanted};
+use waltide_replay::engines::postgres::{
+    FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher, ReadAhead, Wanted,
+};
 
 use crate::context::Context;
 use crate::exit::Failure;
+use crate::output;
 
 /// Bring a file of WAL out of the archive: PostgreSQL's restore_command
 ///
@@ -25,6 +29,15 @@ pub(crate) struct Args {
     /// Only bring ahead, in the background: the segment size
     #[arg(long, hide = true, action = ArgAction::Set)]
     ahead_of: Option<u64>,
+}
+
+/// A file that was brought.
+#[derive(Debug, Serialize)]
+struct Answer {
+    name: String,
+    bytes: u64,
+    /// Whether it lay in the queue already.
+    from_queue: bool,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
@@ -54,7 +67,12 @@ async fn bring(args: Args, context: &Context) -> Result<(), Failure> {
             if let Some(wanted) = fetched.ahead {
                 start_reading_ahead(context, &request, wanted);
             }
-            Ok(())
+            if !context.json {
+                return Ok(());
+            }
+            let Fetched { bytes, from_queue, .. } = fetched;
+            let answer = Answer { name: request.name.to_string(), bytes, from_queue };
+            output::answer(context, &answer, String::new)
         }
         Err(e) => Err(told(e, &request)),
     }
