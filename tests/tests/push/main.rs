@@ -338,6 +338,11 @@ fn doctor_follows_a_segment_and_says_what_is_wrong() {
     assert!(found.contains("the same as in pg_wal"), "{found}");
     let quiet = site.waltide.json([&arguments[..], &["--no-switch"]].concat());
     assert_eq!(result(&quiet, "round trip").0, "ok");
+    // A base backup's history file is archived last of all that the backup leaves behind.
+    cluster.query("select pg_backup_start('doctor', true); select pg_backup_stop()");
+    cluster.wait_until("select last_archived_wal like '%.backup' from pg_stat_archiver");
+    let quiet = site.waltide.json([&arguments[..], &["--no-switch"]].concat());
+    assert_eq!(result(&quiet, "round trip").0, "ok", "{quiet}");
     let text = site.waltide.ok(arguments).stdout;
     assert!(text.starts_with("result   check"), "{text}");
     let leftovers: Vec<_> = read_dir(&site.archive.join(site.names(&cluster).prefix()))

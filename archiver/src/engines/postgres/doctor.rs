@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio_postgres::Client;
 use waltide_format::archive::{Layout, StoredSegment, SystemInfo, wal_digest};
-use waltide_format::{SegmentName, SystemId, WalFileName};
+use waltide_format::{SystemId, WalFileName};
 use waltide_storage::{Archive, ArchiveUrl, Put, StorageError};
 
 use super::connect::{ConnectRequest, connect};
@@ -452,10 +452,19 @@ async fn check_round_trip(
     } else {
         client.query_one("select last_archived_wal from pg_stat_archiver", &[]).await?.get(0)
     };
-    let segment: Option<SegmentName> = segment.and_then(|text| text.parse().ok());
-    let Some(segment) = segment else {
-        checkup.skip(name, "no segment has been archived since the statistics were reset");
-        return Ok(());
+    let file: Option<WalFileName> = segment.and_then(|text| text.parse().ok());
+    let segment = match file {
+        Some(WalFileName::Segment(segment)) => segment,
+        // It is made behind the segment that it is named after.
+        Some(WalFileName::BackupHistory(backup)) => backup.segment,
+        Some(file @ (WalFileName::Partial(_) | WalFileName::History(_))) => {
+            checkup.skip(name, &format!("what was archived last is no whole segment: {file}"));
+            return Ok(());
+        }
+        None => {
+            checkup.skip(name, "no segment has been archived since the statistics were reset");
+            return Ok(());
+        }
     };
     let file = WalFileName::Segment(segment);
     let object = request.layout.system(system.system_id).wal_file(file);
