@@ -186,7 +186,7 @@ impl Dice {
 /// A number nobody chose.
 pub fn random_seed() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
-    RandomState::new().hash_one(std::process::id())
+    RandomState::new().hash_one(std::process::id()) >> 11
 }
 
 #[cfg(test)]

@@ -192,6 +192,9 @@ fn what_the_archive_cannot_be_blamed_for_is_status_1() {
     let failed: Vec<_> =
         checks.map(|c| (c["name"].as_str().unwrap(), c["detail"].as_str().unwrap())).collect();
     assert_eq!(failed, failing, "{drill:#}");
+    // One that passed and cannot be reported is told, and is no success.
+    let answer = site.drill(1, &["--report", "/dev/null/report.html"]);
+    assert_eq!(answer["drills"][0]["verdict"], "passed");
     let answer = site.drill(1, &["--pg-bin", "/nonexistent"]);
     assert_eq!(answer["drills"][0]["verdict"], "failed");
     let error = answer["drills"][0]["error"].as_str().unwrap();
@@ -219,6 +222,9 @@ fn an_archive_at_fault_is_status_3() {
     let answer = site.drill(3, &["--target-lsn", "7F/0"]);
     assert_eq!(answer["drills"][0]["verdict"], "archive_at_fault");
     assert!(answer["drills"][0]["error"].as_str().unwrap().contains("cannot be reached"));
+    // Whether a report of it can be written or not.
+    let answer = site.drill(3, &["--target-lsn", "7F/0", "--report", "/dev/null/report.html"]);
+    assert_eq!(answer["drills"][0]["verdict"], "archive_at_fault");
 
     let segment = &site.objects(&archived[1])[0];
     let aside = site.scratch.join("aside");

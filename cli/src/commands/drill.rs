@@ -116,6 +116,7 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
             let goal = args.target.goal(&archive, &layout, &catalog).await?;
             vec![Goal { action: TargetAction::Promote, ..goal }]
         }
+    let mut unkept = Ok(());
     };
     let progress = context.progress();
     let mut done: Vec<DrillRecord> = Vec::new();
@@ -149,20 +150,24 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
         let mut record = drill(source, &request).await;
         if seed.is_some() && record.series.is_none() {
             record.series = Some(record.id.clone());
+        if let Err(e) = recorded {
+            unkept = Err(Failure::from(e));
+            break;
         }
-        record_drill(&archive, &names, &record).await?;
+        }
+        let recorded = record_drill(&archive, &names, &record).await;
         done.push(record);
     }
     drop(progress);
     let report = DrillReport::new(archive.url(), layout.cluster(), done, history);
-    if let Some(path) = &args.report {
-        write_report(path, &html(&report))?;
-    }
-    output::answer(context, &report, || text(&report, args.report.as_deref()))?;
+    let page = args.report.as_deref();
+    let unkept = unkept.and_then(|()| page.map_or(Ok(()), |path| write_report(path, &html(&report))));
+    // What was found is told, and its status counts, whether or not it could be kept.
+    output::answer(context, &report, || text(&report, page.filter(|_| unkept.is_ok())))?;
     match report.verdict {
-        DrillVerdict::Passed => Ok(()),
-        DrillVerdict::Failed => Err(Failure::silent(1)),
-        DrillVerdict::ArchiveAtFault => Err(Failure::silent(3)),
+        DrillVerdict::Passed => unkept,
+        DrillVerdict::Failed => Err(unkept.err().unwrap_or_else(|| Failure::silent(1))),
+        DrillVerdict::ArchiveAtFault => Err(unkept.err().unwrap_or_else(|| Failure::silent(3)).status(3)),
     }
 }
 
