@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use waltide_archiver::prune::Pruning;
+use waltide_archiver::prune::{PruneError, Pruning};
 use waltide_archiver::retention::{Deletion, ObjectRole, Policy, PrunePlan};
 use waltide_format::TimestampTz;
 
-use crate::context::Context;
+use crate::context::{Context, catalog_failure};
 use crate::exit::Failure;
 use crate::output;
 
@@ -97,14 +97,15 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
         cache: cache.as_ref(),
         threads: context.threads,
     };
-    let plan = pruning.plan(&policy, TimestampTz::from_jiff(jiff::Timestamp::now())).await?;
+    let plan = pruning.plan(&policy, TimestampTz::from_jiff(jiff::Timestamp::now())).await.map_err(failed)?;
     let answer = if args.dry_run {
-        let swept = pruning.leftovers(&policy, true).await?;
+        let swept = pruning.leftovers(&policy, true).await.map_err(failed)?;
         let freed_bytes = plan.freed_bytes();
         Answer { dry_run: true, plan, spared: Vec::new(), deleted: 0, freed_bytes, swept }
     } else {
         let grace = Duration::from_secs(args.grace);
-        let done = pruning.carry_out(&plan, &policy, grace, context.progress().as_ref()).await?;
+        let done = pruning.carry_out(&plan, &policy, grace, context.progress().as_ref()).await;
+        let done = done.map_err(failed)?;
         let (deleted, freed_bytes) = (done.deleted, done.freed_bytes);
         Answer {
             dry_run: false,
@@ -116,6 +117,13 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<(), Failure> {
         }
     };
     output::answer(context, &answer, || text(&answer))
+}
+
+fn failed(e: PruneError) -> Failure {
+    match e {
+        PruneError::Catalog(e) => catalog_failure(e),
+        e => e.into(),
+    }
 }
 
 fn text(answer: &Answer) -> String {

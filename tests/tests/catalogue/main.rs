@@ -461,6 +461,17 @@ fn a_deleted_segment_of_a_real_cluster_is_named_by_status_and_verify() {
     assert_eq!((left.as_array().unwrap().len(), &left[0]["id"]), (1, &second["id"]));
     waltide.ok(["verify"]);
     waltide.ok(["status"]);
+
+    // Where the archive says nothing of the system, nothing is removed, and it is to blame.
+    let system = walk(&archive).into_iter().find(|p| p.ends_with("system.json")).unwrap();
+    let mut bytes = std::fs::read(&system).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&system, bytes).unwrap();
+    for args in [&["prune"][..], &["prune", "--dry-run"], &["list"], &["verify"]] {
+        let told = waltide.fails(3, args).stderr;
+        assert!(told.contains("system.json is damaged"), "{told}");
+    }
 }
 
 #[test]
