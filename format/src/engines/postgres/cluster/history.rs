@@ -71,6 +71,9 @@ impl History {
             let reason = fields.next().unwrap_or_default().trim().to_owned();
             ancestors.push(HistoryEntry { timeline: id, switch, reason });
         }
+        if ancestors.is_empty() && timeline != TimelineId::FIRST {
+            return Err(HistoryError { line: 1, problem: "the timeline that this one left is expected" });
+        }
         Ok(Self { timeline, ancestors })
     }
 
@@ -173,6 +176,8 @@ mod tests {
             ("# c\n1", "line 2: a position like 16/B374D848 is expected behind the timeline"),
             ("2\t0/1\n1\t0/2", "line 2: timelines must rise from line to line"),
             ("5\t0/1", "line 1: a timeline descends only from those with smaller numbers"),
+            ("", "line 1: the timeline that this one left is expected"),
+            ("# nothing\n\n", "line 1: the timeline that this one left is expected"),
         ] {
             assert_eq!(History::parse(tli(5), text.as_bytes()).unwrap_err().to_string(), want);
         }
