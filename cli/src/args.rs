@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser};
 use waltide_format::SystemId;
 
-use crate::commands::Command;
+use crate::commands::{Command, restore};
 
 /// WAL archiving and point-in-time recovery that reads what it keeps.
 #[derive(Debug, Parser)]
@@ -23,6 +23,23 @@ pub struct Cli {
     /// The command.
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// Restore the cluster as it was at a time, transaction, LSN or restore point
+///
+/// This is `waltide restore` under the name that operators' guides give it. A plan is made first: the base backup, the
+/// WAL, the exact position at which PostgreSQL will stop, or why the target cannot be reached and which near it can.
+/// Nothing is touched before that. The cluster is left ready to start; PostgreSQL's own recovery then brings it to the
+/// target, with `waltide fetch` as its restore_command.
+#[derive(Debug, Parser)]
+#[command(name = "restore-pitr", version, max_term_width = 110)]
+pub(crate) struct RestorePitr {
+    /// What every command takes.
+    #[command(flatten)]
+    pub(crate) global: Global,
+    /// What to restore, and how.
+    #[command(flatten)]
+    pub(crate) restore: restore::Args,
 }
 
 /// Options of every command. A flag beats the environment, which beats the configuration file.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use waltide_archiver::catalog::{self, CatalogError};
-use waltide_format::SystemId;
 use waltide_format::archive::{BackupEntry, Catalog, Envelope, Layout, ObjectKind, WaltideInfo};
+use waltide_format::{BackupId, SystemId};
 use waltide_storage::{Archive, ArchiveUrl, CatalogueCache, NoProgress, Progress};
 
 use crate::args::Global;
@@ -209,5 +209,14 @@ pub(crate) fn find_backup<'a>(catalog: &'a Catalog, text: &str) -> Result<&'a Ba
             Err(Failure::usage(format!("{text} is the beginning of {ids}; say more of it")))
         }
         _ => Ok(backup),
+    }
+}
+
+/// The backup that a plan is to start from, if one is named. Of a whole id the plan itself says why it is none.
+pub(crate) fn named_backup(catalog: &Catalog, text: Option<&str>) -> Result<Option<BackupId>, Failure> {
+    let Some(text) = text else { return Ok(None) };
+    match text.parse() {
+        Ok(id) => Ok(Some(id)),
+        Err(_) => find_backup(catalog, text).map(|backup| Some(backup.head.id.clone())),
     }
 }

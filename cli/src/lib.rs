@@ -24,6 +24,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub use args::Cli;
+use args::RestorePitr;
+use commands::Command;
 use context::Context;
 use exit::{Failure, Verb};
 
@@ -41,11 +43,17 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Runs `waltide restore` under the name `restore-pitr`.
-pub fn run_restore(mut args: Vec<OsString>) -> ExitCode {
-    let at = args.len().min(1);
-    args.insert(at, "restore".into());
-    run(args)
+/// Runs `restore-pitr`, which is `waltide restore`, with these arguments, the program's name among them.
+pub fn run_restore(args: Vec<OsString>) -> ExitCode {
+    exit::install_panic_hook(Verb::Other);
+    let cli = match RestorePitr::try_parse_from(&args) {
+        Ok(RestorePitr { global, restore }) => Cli { global, command: Command::Restore(restore) },
+        Err(e) => return exit::clap_error(&e, Verb::Other),
+    };
+    match start(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => exit::report(&failure, Verb::Other),
+    }
 }
 
 fn start(cli: Cli) -> Result<(), Failure> {

@@ -14,7 +14,7 @@ use waltide_storage::Archive;
 
 use crate::commands::log::size;
 use crate::commands::restore::{GoalArgs, own_restore_command};
-use crate::context::{Context, find_backup};
+use crate::context::{Context, named_backup};
 use crate::exit::Failure;
 use crate::output;
 
@@ -97,10 +97,7 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
     let catalog = settled_catalog(context, &archive, to_the_end).await?;
     let names = layout.system(catalog.system.system_id);
     let history = past_drills(&archive, &names, HISTORY).await?;
-    let backup = match &args.backup {
-        Some(text) => Some(find_backup(&catalog, text)?.head.id.clone()),
-        None => None,
-    };
+    let backup = named_backup(&catalog, args.backup.as_deref())?;
     let command = own_restore_command(context)?;
     let mut seed = None;
     let goals = match args.random {
@@ -116,10 +113,10 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
             let goal = args.target.goal(&archive, &layout, &catalog).await?;
             vec![Goal { action: TargetAction::Promote, ..goal }]
         }
-    let mut unkept = Ok(());
     };
     let progress = context.progress();
     let mut done: Vec<DrillRecord> = Vec::new();
+    let mut unkept = Ok(());
     for goal in goals {
         let mut request = DrillRequest::new(goal, command.clone());
         request.backup = backup.clone();
@@ -150,13 +147,13 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
         let mut record = drill(source, &request).await;
         if seed.is_some() && record.series.is_none() {
             record.series = Some(record.id.clone());
+        }
+        let recorded = record_drill(&archive, &names, &record).await;
+        done.push(record);
         if let Err(e) = recorded {
             unkept = Err(Failure::from(e));
             break;
         }
-        }
-        let recorded = record_drill(&archive, &names, &record).await;
-        done.push(record);
     }
     drop(progress);
     let report = DrillReport::new(archive.url(), layout.cluster(), done, history);

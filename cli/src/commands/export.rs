@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
-use waltide_format::BackupId;
 use waltide_format::engines::postgres::catalogue::TablePattern;
 use waltide_replay::engines::postgres::{
     Export, ExportError, ExportFormat, ExportPlan, ExportRequest, ExportSource, ExportTables, Exported,
@@ -14,7 +13,7 @@ use waltide_replay::{Goal, Plan, TargetAction};
 
 use crate::commands::log::size;
 use crate::commands::restore::{GoalArgs, choose, make_plan, own_restore_command};
-use crate::context::Context;
+use crate::context::{Context, named_backup};
 use crate::exit::Failure;
 use crate::output;
 
@@ -51,7 +50,7 @@ pub(crate) struct Args {
     dry_run: bool,
     /// Start from this backup instead of the best one
     #[arg(long, value_name = "BACKUP")]
-    backup: Option<BackupId>,
+    backup: Option<String>,
     /// How the WAL is replayed: native as far as possible, native or not at all, or by PostgreSQL alone
     #[arg(long, value_name = "auto|native|server", default_value = "auto")]
     replay: ReplayMode,
@@ -110,7 +109,8 @@ async fn export(args: Args, context: &Context) -> Result<(), Failure> {
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.target.goal(&archive, &layout, &catalog).await?;
     let goal = Goal { action: TargetAction::Promote, ..goal };
-    let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
+    let backup = named_backup(&catalog, args.backup.as_deref())?;
+    let plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
     let replay = choose(&archive, &layout, &catalog, &plan, args.replay, args.memory).await?;
     let progress = context.progress();
     let source = ExportSource { archive: &archive, layout: &layout, catalog: &catalog, progress: &progress };

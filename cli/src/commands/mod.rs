@@ -17,7 +17,7 @@ mod log;
 mod man;
 mod prune;
 mod push;
-mod restore;
+pub(crate) mod restore;
 mod status;
 mod verify;
 mod watch;

@@ -19,7 +19,7 @@ use waltide_replay::{
 use waltide_storage::Archive;
 
 use super::log::size;
-use crate::context::Context;
+use crate::context::{Context, named_backup};
 use crate::exit::Failure;
 use crate::output;
 
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     goal: GoalArgs,
     /// Start from this backup instead of the best one
     #[arg(long, value_name = "BACKUP")]
-    backup: Option<BackupId>,
+    backup: Option<String>,
     /// Put a tablespace elsewhere: the place it lay at or its OID, and the new place. Repeatable
     #[arg(long, value_name = "OLD=NEW", value_parser = mapping)]
     tablespace_map: Vec<(String, PathBuf)>,
@@ -127,9 +127,11 @@ pub(crate) struct GoalArgs {
     target_action: TargetAction,
 }
 
+/// The new place is an absolute path, and the old one may have `=` in it.
 fn mapping(text: &str) -> Result<(String, PathBuf), String> {
-    let (from, to) = text.split_once('=').ok_or("write OLD=NEW")?;
-    Ok((from.to_owned(), PathBuf::from(to)))
+    let at = text.find("=/").or_else(|| text.find('=')).ok_or("write OLD=NEW")?;
+    let (from, to) = text.split_at(at);
+    Ok((from.to_owned(), PathBuf::from(to.trim_start_matches('='))))
 }
 
 fn owner(text: &str) -> Result<Owner, String> {
@@ -259,7 +261,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let (archive, layout) = (context.archive().await?, context.layout()?);
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.goal.goal(&archive, &layout, &catalog).await?;
-    let plan = make_plan(&archive, &layout, &catalog, &goal, args.backup.as_ref()).await?;
+    let backup = named_backup(&catalog, args.backup.as_deref())?;
+    let plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
     let made = made_tablespaces(&archive, &layout, &catalog, &plan).await;
     let made = made.map_err(|e| {
         let status = if e.is_damage() { 3 } else { 1 };
