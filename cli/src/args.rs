@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{ArgAction, Args, Parser};
 use waltide_format::SystemId;
 
@@ -55,7 +56,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "ID", help_heading = "Global options")]
     pub(crate) system: Option<SystemId>,
     /// Where the catalogue cache lies; "" does without. Deleting it loses nothing
-    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    #[arg(long, global = true, value_name = "FILE", value_parser = OsStringValueParser::new().map(PathBuf::from), help_heading = "Global options")]
     pub(crate) cache: Option<PathBuf>,
     /// The configuration file [env: WALTIDE_CONFIG] [default: /etc/waltide/waltide.toml where it exists]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]

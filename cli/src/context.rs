@@ -39,7 +39,14 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(global: &Global) -> Result<Self, Failure> {
-        let named = global.config.clone().or_else(|| std::env::var_os("WALTIDE_CONFIG").map(PathBuf::from));
+        let variable = std::env::var_os("WALTIDE_CONFIG").filter(|path| !path.is_empty());
+        let named = global.config.clone().or_else(|| variable.map(PathBuf::from));
+        // What cannot be read must not pass for what is not set.
+        for name in ["WALTIDE_ARCHIVE", "WALTIDE_CLUSTER", "WALTIDE_THREADS"] {
+            if let Err(std::env::VarError::NotUnicode(_)) = std::env::var(name) {
+                return Err(Failure::usage(format!("{name} is not UTF-8")));
+            }
+        }
         let (config, config_path) = Config::load(named.as_deref())?;
         let dotenv = match config.dotenv {
             true => std::fs::read_to_string(".env").map(|text| parse_dotenv(&text)).unwrap_or_default(),

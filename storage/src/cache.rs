@@ -1,7 +1,8 @@
 //! The catalogue cache: what was read from the archive and would be read again. It may vanish at any time.
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::Read as _;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
@@ -13,6 +14,8 @@ use crate::sealed::SealedFile;
 /// Key to version, checksum of all three, bytes. Another layout takes another name, and the old table is dropped.
 const TABLE: TableDefinition<'_, &str, (&str, u32, &[u8])> = TableDefinition::new("objects 1");
 const PAGE_CACHE_BYTES: usize = 16 << 20;
+/// What every redb file starts with.
+const MAGIC: &[u8] = b"redb\x1A\x0A\xA9\x0D\x0A";
 
 /// A cache in a redb file. No trouble with the file is the caller's: a damaged one is made anew, and where none can
 /// be had, or another process holds it, every look-up misses.
@@ -23,8 +26,12 @@ pub struct CatalogueCache {
 }
 
 impl CatalogueCache {
-    /// Opens the file, or makes it.
+    /// Opens the file, or makes it. One that is no cache is left as it is, and nothing is cached.
     pub fn open(path: &Path) -> Self {
+        if !may_be_ours(path) {
+            tracing::warn!(path = %path.display(), "this is no catalogue cache, and is left as it is");
+            return Self { path: path.to_owned(), database: RwLock::new(None) };
+        }
         let database = match open(path) {
             Err(e) if is_damage(&e) => {
                 tracing::warn!(path = %path.display(), error = %e, "the catalogue cache is damaged, making it anew");
@@ -110,6 +117,22 @@ impl CatalogueCache {
         *database = None;
         None
     }
+}
+
+/// Whether the file is a cache, or what is left of one: it may be written over. A name given by mistake may be that of
+/// anything, of a device too.
+fn may_be_ours(path: &Path) -> bool {
+    let mut start = [0; 4 + MAGIC.len()];
+    let read = match fs::metadata(path) {
+        Err(_) => return true,
+        Ok(about) if !about.is_file() => return false,
+        Ok(about) if about.len() == 0 => return true,
+        Ok(_) => File::open(path).and_then(|mut file| file.read(&mut start)),
+    };
+    // A database of somebody's own has no checksum before its first page.
+    let is_foreign = start.starts_with(MAGIC);
+    let is_named_so = path.extension().is_some_and(|extension| extension == "redb");
+    read.is_ok() && !is_foreign && (is_named_so || start.ends_with(MAGIC))
 }
 
 fn open(path: &Path) -> Result<Database, redb::Error> {
@@ -210,6 +233,30 @@ mod tests {
         assert_eq!(other.get("a", "v"), None);
         assert_eq!(holder.get("a", "v"), Some(b"kept".to_vec()));
         assert_eq!(CatalogueCache::open(dir.path()).get("a", "v"), None, "a directory holds nothing");
+    }
+
+    #[test]
+    fn a_file_that_is_no_cache_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = Database::create(dir.path().join("somebody's.redb")).unwrap();
+        drop(plain);
+        fs::write(dir.path().join("PG_VERSION"), "15\n").unwrap();
+        fs::write(dir.path().join("zeros"), [0; 8200]).unwrap();
+        for name in ["somebody's.redb", "PG_VERSION", "zeros"] {
+            let path = dir.path().join(name);
+            fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+            let before = fs::read(&path).unwrap();
+            let cache = CatalogueCache::open(&path);
+            cache.put_many(vec![entry("a", "v", b"x")]);
+            assert_eq!(cache.get("a", "v"), None, "{name}");
+            assert!(fs::read(&path).unwrap() == before, "{name}");
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644, "{name}");
+        }
+        assert!(!may_be_ours(Path::new("/dev/null")));
+        // A cache is known by what it holds, whatever it is called.
+        let path = dir.path().join("cache");
+        open_alone(&path).put_many(vec![entry("a", "v", b"x")]);
+        assert_eq!(open_alone(&path).get("a", "v"), Some(b"x".to_vec()));
     }
 
     #[test]

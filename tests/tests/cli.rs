@@ -1,6 +1,7 @@
 //! The command line where it needs no server: names, answers, configuration.
 
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStringExt as _;
 
 use waltide_tests::{Scratch, Waltide};
 
@@ -70,6 +71,13 @@ fn a_flag_beats_the_environment_which_beats_the_file() {
     let told = told.env("WALTIDE_ARCHIVE", "/from/environment");
     assert!(meant(&told, &["list"]).contains("file:///from/environment"));
     assert!(meant(&told, &["list", "--archive", "/from/flag"]).contains("file:///from/flag"));
+    let told = told.env("WALTIDE_CONFIG", "");
+    assert!(meant(&told, &["list"]).contains("file:///from/environment"));
+    let garbled = std::ffi::OsString::from_vec(vec![b'/', 0xff]);
+    let garbled = waltide.clone().env("WALTIDE_CONFIG", &config).env("WALTIDE_ARCHIVE", garbled);
+    assert!(garbled.fails(2, ["list"]).stderr.contains("WALTIDE_ARCHIVE is not UTF-8"));
+    // An empty name does without the cache.
+    meant(&told, &["list", "--cache", ""]);
     let none = waltide.fails(2, ["list"]);
     assert!(none.stderr.contains("no archive is named"), "{}", none.stderr);
 
