@@ -8,8 +8,8 @@ use std::fmt;
 use crate::archive::{AdmittedFault, Ending, PendingRecord, SegmentIndex, SegmentInfo};
 use crate::engines::postgres::cluster::History;
 use crate::engines::postgres::wal::{
-    Damage, EndReason, Expected, LogEnd, Next, PAGE_BYTES, PageHeader, PreviousTail, RecordStream,
-    SHORT_HEADER_BYTES, SegmentSpan, StreamHead,
+    Damage, EndReason, Expected, LONG_HEADER_BYTES, LogEnd, Next, PAGE_BYTES, PageHeader, PreviousTail,
+    RecordStream, SHORT_HEADER_BYTES, SegmentSpan, StreamHead, WalBytes,
 };
 use crate::ids::{Lsn, PgMajor, SystemId};
 use crate::segment::{SegmentName, SegmentSize};
@@ -155,16 +155,16 @@ impl std::error::Error for ScanError {
     }
 }
 
-/// Reads a segment once: checks it and makes its index.
-pub fn scan_segment(bytes: &[u8], context: &ScanContext<'_>) -> Result<Scan, ScanError> {
+/// Reads a segment once, from its first byte to its last: checks it and makes its index.
+pub fn scan_segment<B: WalBytes>(mut bytes: B, context: &ScanContext<'_>) -> Result<Scan, ScanError> {
     let no_such_name = ScanError::NoSuchName { name: context.name, size: context.size };
     let start = context.name.start(context.size).ok_or(no_such_name)?;
     let span = SegmentSpan::containing(start, context.size).ok_or(no_such_name)?;
-    let (found, expected) = (bytes.len() as u64, context.size.bytes());
+    let (found, expected) = (bytes.length() as u64, context.size.bytes());
     if found > expected || (found < expected && context.mode == ScanMode::Whole) {
         return Err(ScanError::Length { found, expected });
     }
-    let tail = usable_tail(bytes, span, context);
+    let tail = usable_tail(&mut bytes, span, context);
     let mut stream = RecordStream::new(bytes, span, context.expected(), tail).map_err(ScanError::Damaged)?;
     if let Some(next) = context.next {
         stream = stream.with_next(next);
@@ -185,8 +185,10 @@ pub fn scan_segment(bytes: &[u8], context: &ScanContext<'_>) -> Result<Scan, Sca
             Err(damage) => break Err(damage),
         }
     };
-    let (end, stopped_by) = judge_end(bytes, span, context.mode, ended, stream.valid_end())?;
-    let void = stream.switched_at().map(|from| Void { from: from as u64, blank: is_blank(bytes, from) });
+    let valid_end = stream.valid_end();
+    let (end, stopped_by) = judge_end(stream.source(), span, context.mode, ended, valid_end)?;
+    let void =
+        stream.switched_at().map(|from| Void { from: from as u64, blank: is_blank(stream.source(), from) });
     let info = segment_info(context, &stream, &builder, end, stopped_by);
     let mut index = SegmentIndex::new(info);
     builder.finish(&mut index);
@@ -206,13 +208,18 @@ pub fn scan_segment(bytes: &[u8], context: &ScanContext<'_>) -> Result<Scan, Sca
 
 /// What the segment before left, if it is this segment's past: with another timeline's segment of that
 /// position this one need not go on.
-fn usable_tail(bytes: &[u8], span: SegmentSpan, context: &ScanContext<'_>) -> Option<PreviousTail> {
+fn usable_tail<B: WalBytes>(
+    bytes: &mut B,
+    span: SegmentSpan,
+    context: &ScanContext<'_>,
+) -> Option<PreviousTail> {
     let previous = context.previous.as_ref()?;
     if previous.name.end(context.size) != Some(span.start()) {
         return None;
     }
     let of = previous.name.timeline();
-    let first_page = PageHeader::decode(bytes, span.start()).ok()?;
+    let head = bytes.part(0..bytes.length().min(LONG_HEADER_BYTES))?;
+    let first_page = PageHeader::decode(head, span.start()).ok()?;
     let is_past = of == context.name.timeline()
         || match context.expected().history {
             Some(history) => history.timeline_at(span.start().saturating_sub(1)) == of,
@@ -232,8 +239,8 @@ fn usable_tail(bytes: &[u8], span: SegmentSpan, context: &ScanContext<'_>) -> Op
 }
 
 /// Decides whether a log may end so.
-fn judge_end(
-    bytes: &[u8],
+fn judge_end<B: WalBytes>(
+    bytes: &mut B,
     span: SegmentSpan,
     mode: ScanMode,
     ended: Result<LogEnd, Damage>,
@@ -262,39 +269,36 @@ fn judge_end(
 }
 
 /// Whether any page behind `from` belongs there.
-fn goes_on_behind(bytes: &[u8], span: SegmentSpan, from: Lsn) -> bool {
+fn goes_on_behind<B: WalBytes>(bytes: &mut B, span: SegmentSpan, from: Lsn) -> bool {
     let from = usize::try_from(from.bytes_since(span.start())).unwrap_or(usize::MAX);
-    let pages = bytes.chunks(PAGE_BYTES).zip(0u64..).filter(|(_, page)| {
-        let at = page.saturating_mul(PAGE_BYTES as u64);
-        at > from as u64
-    });
-    let mut pages = pages
-        .map(|(page, number)| (page, span.start().saturating_add(number.saturating_mul(PAGE_BYTES as u64))));
-    pages.any(|(page, at)| PageHeader::decode(page, at).is_ok())
+    let length = bytes.length();
+    let pages = (0..length).step_by(PAGE_BYTES).skip_while(|at| *at <= from);
+    let mut pages = pages.map(|at| (at, at..at.saturating_add(LONG_HEADER_BYTES).min(length)));
+    pages.any(|(at, header)| {
+        let place = span.start().saturating_add(at as u64);
+        bytes.part(header).is_some_and(|header| PageHeader::decode(header, place).is_ok())
+    })
 }
 
 /// Whether what lies behind `from` is page headers and zeros.
-fn is_blank(bytes: &[u8], from: usize) -> bool {
-    let page_at = from & !(PAGE_BYTES.wrapping_sub(1));
-    let rest = bytes.get(from..page_at.saturating_add(PAGE_BYTES)).unwrap_or_default();
-    let pages = bytes.get(page_at.saturating_add(PAGE_BYTES)..).unwrap_or_default().chunks(PAGE_BYTES);
-    let zeros = |bytes: &[u8]| bytes.iter().all(|b| *b == 0);
-    let rest_is_blank = from.is_multiple_of(PAGE_BYTES) || zeros(rest);
-    let first = if from.is_multiple_of(PAGE_BYTES) {
-        bytes.get(from..page_at.saturating_add(PAGE_BYTES))
-    } else {
-        None
-    };
-    rest_is_blank
-        && first
-            .into_iter()
-            .chain(pages)
-            .all(|page| zeros(page.get(SHORT_HEADER_BYTES..).unwrap_or_default()))
+fn is_blank<B: WalBytes>(bytes: &mut B, from: usize) -> bool {
+    let length = bytes.length();
+    let mut at = from;
+    while at < length {
+        let page_at = at & !(PAGE_BYTES.wrapping_sub(1));
+        let page_end = page_at.saturating_add(PAGE_BYTES).min(length);
+        let from = if at == page_at { at.saturating_add(SHORT_HEADER_BYTES).min(page_end) } else { at };
+        if !bytes.part(from..page_end).unwrap_or_default().iter().all(|b| *b == 0) {
+            return false;
+        }
+        at = page_end;
+    }
+    true
 }
 
-fn segment_info(
+fn segment_info<B: WalBytes>(
     context: &ScanContext<'_>,
-    stream: &RecordStream<'_>,
+    stream: &RecordStream<'_, B>,
     builder: &IndexBuilder,
     end: LogEnd,
     stopped_by: Option<Damage>,

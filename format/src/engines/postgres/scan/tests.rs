@@ -350,3 +350,63 @@ fn copies_are_compared_as_far_as_the_shorter_goes() {
     let compared = common_prefix(&segments[1].1, &other_head, second).unwrap();
     assert_eq!(compared, Agreement::Diverge { at: second.start() });
 }
+
+/// Bytes that are given only as [`WalBytes`] promises that they are asked for.
+struct Strict<'a> {
+    bytes: &'a [u8],
+    page: usize,
+}
+
+impl WalBytes for Strict<'_> {
+    fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn part(&mut self, range: std::ops::Range<usize>) -> Option<&[u8]> {
+        let page = range.start / PAGE_BYTES;
+        assert!(range.is_empty() || (range.end - 1) / PAGE_BYTES == page, "{range:?} is more than a page");
+        assert!(page >= self.page, "page {page} is asked for after page {}", self.page);
+        self.page = page;
+        self.bytes.get(range)
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+    #[test]
+    fn a_segment_is_read_forwards_whatever_it_holds(
+        messages in 0usize..450,
+        switched: bool,
+        large in 0usize..100_000,
+        damage in proptest::collection::vec((0usize..MB, 1u8..), 0..3),
+        blank in proptest::option::of((0usize..128, 0usize..128)),
+        length in 0usize..2 * MB,
+        mode in 0usize..3,
+    ) {
+        let mut b = WalBuilder::new(PgMajor::V15, small_segments());
+        commit(&mut b, 740, 100);
+        b.message(large);
+        for _ in 0..messages {
+            b.message(2500);
+        }
+        if switched {
+            b.switch();
+        }
+        let segments = b.finish_segments();
+        for (name, bytes) in &segments {
+            let mut bytes = bytes.clone();
+            for (at, by) in &damage {
+                bytes[*at] ^= by;
+            }
+            if let Some((from, pages)) = blank {
+                let from = from * PAGE_BYTES;
+                bytes[from..(from + pages * PAGE_BYTES).min(MB)].fill(0);
+            }
+            let bytes = &bytes[..length.min(MB)];
+            let mode = [ScanMode::Whole, ScanMode::Partial, ScanMode::Forced][mode];
+            let context = ScanContext { mode, ..context(*name) };
+            let forwards = scan_segment(Strict { bytes, page: 0 }, &context);
+            proptest::prop_assert_eq!(format!("{forwards:?}"), format!("{:?}", scan_segment(bytes, &context)));
+        }
+    }
+}

@@ -37,7 +37,7 @@ pub use smgr::SmgrRecord;
 pub use standby::{ExclusiveLocks, RunningXactsRecord};
 pub use stream::{
     EndReason, Expected, LogEnd, Next, Pending, PreviousTail, RecordStream, SegmentSpan, StreamHead,
-    copy_record,
+    WalBytes, copy_record,
 };
 pub use xact::{Prepare, XactAssignment, XactKind, XactRecord};
 pub use xlog::{

@@ -3,7 +3,10 @@
 mod ending;
 mod neighbours;
 mod pages;
+mod source;
 mod span;
+
+use std::ops::Range;
 
 use crate::engines::postgres::wal::page::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
 use crate::engines::postgres::wal::record::{
@@ -17,6 +20,7 @@ use pages::{Entered, Rest};
 
 pub use ending::{EndReason, LogEnd, Pending, PreviousTail};
 pub use pages::copy_record;
+pub use source::WalBytes;
 pub use span::{Expected, SegmentSpan};
 
 /// What [`RecordStream::next_record`] found.
@@ -48,9 +52,11 @@ pub enum StreamHead {
 /// Damage is an error and final. An error names the byte in the segment file that holds the position; the
 /// position says which segment, as a record may have begun in the one before.
 #[derive(Debug)]
-pub struct RecordStream<'a> {
+pub struct RecordStream<'a, B = &'a [u8]> {
     span: SegmentSpan,
-    bytes: &'a [u8],
+    bytes: B,
+    /// How many bytes of the segment there are.
+    length: usize,
     next: Option<&'a [u8]>,
     expected: Expected<'a>,
     first_page: PageHeader,
@@ -116,27 +122,24 @@ fn u32_of(v: usize) -> u32 {
     u32::try_from(v).unwrap_or(u32::MAX)
 }
 
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    let field = bytes.get(at..)?.first_chunk::<4>()?;
-    Some(u32::from_le_bytes(*field))
-}
-
-impl<'a> RecordStream<'a> {
+impl<'a, B: WalBytes> RecordStream<'a, B> {
     /// A stream over `bytes`, a segment or its first part. `tail` is what the segment before left, so that
     /// a record that runs over the edge can be put together and `xl_prev` compared.
     pub fn new(
-        bytes: &'a [u8],
+        mut bytes: B,
         span: SegmentSpan,
         expected: Expected<'a>,
         tail: Option<PreviousTail>,
     ) -> Result<Self, Damage> {
-        let bytes = bytes.get(..span.bytes()).unwrap_or(bytes);
+        let length = bytes.length().min(span.bytes());
         let tail = tail.filter(|tail| tail.end == span.start);
+        let head = bytes.part(0..length.min(LONG_HEADER_BYTES)).unwrap_or_default();
         let first_page =
-            PageHeader::decode(bytes, span.start).map_err(|e| e.in_segments_of(span.size.bytes()))?;
+            PageHeader::decode(head, span.start).map_err(|e| e.in_segments_of(span.size.bytes()))?;
         let mut stream = Self {
             span,
             bytes,
+            length,
             next: None,
             expected,
             first_page,
@@ -165,6 +168,11 @@ impl<'a> RecordStream<'a> {
     #[must_use]
     pub fn with_next(self, next: &'a [u8]) -> Self {
         Self { next: Some(next), ..self }
+    }
+
+    /// What it reads.
+    pub const fn source(&mut self) -> &mut B {
+        &mut self.bytes
     }
 
     /// The first page's header.
@@ -257,7 +265,7 @@ impl<'a> RecordStream<'a> {
             Ok(Checked { header, parsed, end }) => {
                 self.prev = Some(found.start);
                 self.valid_end = end.min(self.span.end());
-                let bytes = Self::bytes_of(self.bytes, &self.scratch, &found);
+                let bytes = Self::bytes_of(&mut self.bytes, &self.scratch, &found);
                 let major = self.first_page.major;
                 Ok(Next::Record(Record::assemble(
                     found.start,
@@ -323,7 +331,7 @@ impl<'a> RecordStream<'a> {
             let start_at = self.at;
             let start = self.span.lsn(start_at);
             // Records are aligned to 8 bytes, so a record's length never runs over a page's edge.
-            let Some(total_bytes) = read_u32(self.bytes, start_at) else {
+            let Some(total_bytes) = self.read_u32(start_at) else {
                 return Ok(self.stop(EndReason::BytesEnd, start_at));
             };
             if total_bytes == 0 {
@@ -334,19 +342,18 @@ impl<'a> RecordStream<'a> {
             let page_end = (start_at & !(PAGE_BYTES.wrapping_sub(1))).saturating_add(PAGE_BYTES);
             let whole_end = start_at.saturating_add(total);
             if whole_end <= page_end {
-                if whole_end > self.bytes.len() {
-                    return Ok(self.stop(EndReason::BytesEnd, self.bytes.len()));
+                if whole_end > self.length {
+                    return Ok(self.stop(EndReason::BytesEnd, self.length));
                 }
                 self.at = align8(whole_end);
                 let end = self.span.lsn(self.at);
                 return Ok(Step::Found(Found { place: Place::Segment(start_at), start, end, total_bytes }));
             }
-            let Some(first_part) = self.bytes.get(start_at..page_end) else {
-                return Ok(self.stop(EndReason::BytesEnd, self.bytes.len()));
-            };
             self.scratch.clear();
-            self.scratch.extend_from_slice(first_part);
-            let remaining = total_bytes.saturating_sub(u32_of(first_part.len()));
+            if !self.keep(start_at..page_end) {
+                return Ok(self.stop(EndReason::BytesEnd, self.length));
+            }
+            let remaining = total_bytes.saturating_sub(u32_of(self.scratch.len()));
             match self.collect(page_end, remaining, true).map_err(|e| e.in_record(start))? {
                 Rest::Whole { end } => {
                     self.at = align8(end);
@@ -364,6 +371,16 @@ impl<'a> RecordStream<'a> {
         }
     }
 
+    /// What there is in `range`, which lies in one page.
+    fn part(&mut self, range: Range<usize>) -> Option<&[u8]> {
+        if range.end > self.length { None } else { self.bytes.part(range) }
+    }
+
+    fn read_u32(&mut self, at: usize) -> Option<u32> {
+        let field = self.part(at..at.saturating_add(4))?.first_chunk::<4>()?;
+        Some(u32::from_le_bytes(*field))
+    }
+
     fn check_length(total_bytes: u32, start: Lsn) -> Result<(), Damage> {
         if usize_of(total_bytes) < RECORD_HEADER_BYTES {
             return Err(Damage::invalid("xl_tot_len", start, u64::from(total_bytes)).in_record(start));
@@ -375,10 +392,16 @@ impl<'a> RecordStream<'a> {
         Ok(())
     }
 
-    fn bytes_of<'s>(segment: &'s [u8], scratch: &'s [u8], found: &Found) -> &'s [u8] {
+    /// Puts a part of a page behind what is kept of a record; false where the bytes end before.
+    fn keep(&mut self, range: Range<usize>) -> bool {
+        let part = if range.end > self.length { None } else { self.bytes.part(range) };
+        part.map(|part| self.scratch.extend_from_slice(part)).is_some()
+    }
+
+    fn bytes_of<'s>(segment: &'s mut B, scratch: &'s [u8], found: &Found) -> &'s [u8] {
         let total = usize_of(found.total_bytes);
         match found.place {
-            Place::Segment(at) => segment.get(at..at.saturating_add(total)).unwrap_or_default(),
+            Place::Segment(at) => segment.part(at..at.saturating_add(total)).unwrap_or_default(),
             Place::Scratch => scratch,
         }
     }
@@ -386,7 +409,7 @@ impl<'a> RecordStream<'a> {
     /// Checks a record that was found, and what it says about the log around it.
     fn check(&mut self, found: &Found) -> Result<Checked, Damage> {
         let major = self.first_page.major;
-        let bytes = Self::bytes_of(self.bytes, &self.scratch, found);
+        let bytes = Self::bytes_of(&mut self.bytes, &self.scratch, found);
         let damage = |corrupt: crate::Corrupt| Damage {
             lsn: lsn_in_record(found.start, corrupt.at, self.span.size),
             record: Some(found.start),
@@ -431,7 +454,11 @@ impl<'a> RecordStream<'a> {
             }
             if header.kind() == xlog::SWITCH {
                 let end = switched_end(end, self.span.size);
-                self.switch();
+                // The rest of the segment is void.
+                if self.at < self.span.bytes() {
+                    self.switched_at = Some(self.at);
+                }
+                self.at = self.span.bytes();
                 return Ok(Checked { header, parsed, end });
             }
         }
@@ -440,14 +467,6 @@ impl<'a> RecordStream<'a> {
             return Err(damage(crate::Corrupt::mismatch("xl_rmid", 17, found, u64::from(Rmgr::XLOG.get()))));
         }
         Ok(Checked { header, parsed, end })
-    }
-
-    /// The rest of the segment is void.
-    fn switch(&mut self) {
-        if self.at < self.span.bytes() {
-            self.switched_at = Some(self.at);
-        }
-        self.at = self.span.bytes();
     }
 }
 

@@ -1,14 +1,14 @@
 //! What the segments beside one say of its last record.
 
 use super::{
-    Checked, Expected, Found, Next, Place, PreviousTail, RecordStream, SegmentSpan, StreamHead, align8,
-    usize_of,
+    Checked, Expected, Found, Next, Place, PreviousTail, RecordStream, SegmentSpan, StreamHead, WalBytes,
+    align8, usize_of,
 };
 use crate::engines::postgres::wal::Damage;
 use crate::engines::postgres::wal::page::{PAGE_BYTES, PageHeader};
 use crate::engines::postgres::wal::record::Record;
 
-impl RecordStream<'_> {
+impl<B: WalBytes> RecordStream<'_, B> {
     /// Makes the pending record whole from the segment that follows.
     pub(super) fn join_next(&mut self) -> Option<Found> {
         let next = self.next?;

@@ -1,7 +1,8 @@
 //! From page to page: their headers, and records that run over their edges.
 
 use super::{
-    EndReason, Found, LogEnd, Pending, Place, RecordStream, Step, StreamHead, align8, u32_of, usize_of,
+    EndReason, Found, LogEnd, Pending, Place, RecordStream, Step, StreamHead, WalBytes, align8, u32_of,
+    usize_of,
 };
 use crate::engines::postgres::wal::Damage;
 use crate::engines::postgres::wal::page::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
@@ -52,7 +53,7 @@ pub fn copy_record(
     }
 }
 
-impl RecordStream<'_> {
+impl<B: WalBytes> RecordStream<'_, B> {
     /// Deals with what the first page says about the record before it.
     pub(super) fn enter_first_page(&mut self) -> Result<Option<Step>, Damage> {
         let page = self.first_page;
@@ -153,11 +154,9 @@ impl RecordStream<'_> {
             let from = at.saturating_add(page.bytes());
             let len = usize_of(remaining).min(PAGE_BYTES.saturating_sub(page.bytes()));
             let end = from.saturating_add(len);
-            let Some(part) = self.bytes.get(from..end) else {
-                return Ok(Rest::Stop { reason: EndReason::BytesEnd, at: self.bytes.len() });
-            };
-            if keep {
-                self.scratch.extend_from_slice(part);
+            let is_there = if keep { self.keep(from..end) } else { end <= self.length };
+            if !is_there {
+                return Ok(Rest::Stop { reason: EndReason::BytesEnd, at: self.length });
             }
             remaining = remaining.saturating_sub(u32_of(len));
             if remaining == 0 {
@@ -181,14 +180,15 @@ impl RecordStream<'_> {
 
     /// Decodes and checks the header of the page at `at`.
     pub(super) fn enter(&mut self, at: usize) -> Result<Entered, Damage> {
-        let bytes = self.bytes.get(at..).unwrap_or_default();
+        let span = self.span;
+        let bytes = self.part(at..at.saturating_add(LONG_HEADER_BYTES).min(self.length)).unwrap_or_default();
         let Some(header) = bytes.get(..SHORT_HEADER_BYTES) else {
             return Ok(Entered::Stop(EndReason::BytesEnd));
         };
         if header.iter().all(|b| *b == 0) {
             return Ok(Entered::Stop(EndReason::ZeroPage));
         }
-        let lsn = self.span.lsn(at);
+        let lsn = span.lsn(at);
         let page = match PageHeader::decode(bytes, lsn) {
             Ok(page) => page,
             Err(e) => match PageHeader::decode_anywhere(bytes, lsn) {
