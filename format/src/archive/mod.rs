@@ -14,6 +14,7 @@ mod layers;
 mod layout;
 mod manifest;
 mod merged;
+mod packing;
 mod reach;
 mod source;
 mod stored_segment;
@@ -54,7 +55,8 @@ pub use merged::{
 pub use reach::Reach;
 pub use source::PushSource;
 pub use stored_segment::{
-    PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, wal_digest,
+    PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, read_from,
+    wal_digest,
 };
 pub use windows::{
     BrokenBackup, Coverage, EndedWindow, Hole, Moment, RecoveryWindow, Stretch, WindowCommit, WindowRestore,

@@ -1,26 +1,40 @@
 //! One object per segment: header, independently compressed chunks, index sections, directory, footer.
 
+use std::convert::Infallible;
+use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest as _, Sha256};
 
-use super::envelope::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind};
+use super::envelope::{Footer, HEADER_BYTES, Header, ObjectKind};
 use super::index::{INFO_SECTION, SECTION_VERSION, SUMMARY_SECTIONS, SegmentIndex, SegmentInfo, decode_info};
+use super::packing::{self, Chunks, Compressor, Packed};
 use super::stretch::{SectionAt, Stretch, Stretches, pack_with};
+use crate::engines::postgres::wal::WalBytes;
 use crate::error::{Corrupt, Problem};
 use crate::reader::{Reader, Writer};
 
 /// How much WAL one chunk holds; the last may hold less.
-const CHUNK_BYTES: usize = 1 << 20;
+pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// The largest segment there is.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
 /// Makes the stored object of a segment out of its bytes and its index. Chunks are compressed on `threads` threads.
 pub fn encode_segment(wal: &[u8], index: &SegmentIndex, level: i32, threads: usize) -> Vec<u8> {
-    let (mut packed, sections) = pack_chunks(wal, level, threads, |c| pack_sections(index, c));
-    packed.sections = sections;
-    packed.seal()
+    let add = |(), compressor: Option<&mut Compressor<'_>>| pack_sections(index, compressor);
+    let (read, no_index) = (read_from(wal), |_: &mut dyn WalBytes| Ok::<_, Infallible>(()));
+    let packed = packing::pack(wal.len(), read, level, threads, &header(), no_index, add);
+    let Ok(Packed { digest, chunks, made: sections }) = packed.expect("memory is there to be read");
+    PackedSegment { wal_bytes: wal.len() as u64, digest, chunks, sections }.seal()
+}
+
+/// Reads a segment that is in memory, for [`pack_segment`].
+pub fn read_from(wal: &[u8]) -> impl FnMut(usize, &mut [u8]) -> io::Result<()> {
+    |from, part| {
+        let there = wal.get(from..from.saturating_add(part.len()));
+        part.copy_from_slice(there.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
 }
 
 /// SHA-256 over a segment's WAL, which is what its stored object says about itself.
@@ -54,7 +68,7 @@ impl WalDigest {
 pub struct PackedSegment {
     wal_bytes: u64,
     digest: [u8; 32],
-    chunks: Vec<Vec<u8>>,
+    chunks: Chunks,
     sections: Vec<PackedSection>,
 }
 
@@ -65,68 +79,34 @@ struct PackedSection {
     stored: Vec<u8>,
 }
 
-/// Compresses a segment's WAL on `threads` threads, this one among them, which makes the index first: the records are
-/// read while their bytes are compressed.
+/// Compresses a segment of `length` bytes on `threads` threads while `read` reads it, from the byte that it is given on;
+/// `index` makes its index out of the same bytes. Every byte is read once, and few are in memory at a time. Where `read`
+/// fails that is the outer error, and what `index` said counts for nothing.
 pub fn pack_segment<E>(
-    wal: &[u8],
+    length: usize,
+    read: impl FnMut(usize, &mut [u8]) -> io::Result<()>,
     level: i32,
     threads: usize,
-    index: impl FnOnce() -> Result<SegmentIndex, E>,
-) -> Result<(PackedSegment, SegmentIndex), E> {
-    let (mut packed, told) = pack_chunks(wal, level, threads, |compressor| {
-        let index = index()?;
-        Ok((pack_sections(&index, compressor), index))
-    });
-    let (sections, index) = told?;
-    packed.sections = sections;
-    Ok((packed, index))
+    index: impl FnOnce(&mut dyn WalBytes) -> Result<SegmentIndex, E>,
+) -> io::Result<Result<(PackedSegment, SegmentIndex), E>> {
+    let add = |index, compressor: Option<&mut Compressor<'_>>| (pack_sections(&index, compressor), index);
+    let packed = packing::pack(length, read, level, threads, &header(), index, add)?;
+    Ok(packed.map(|Packed { digest, chunks, made: (sections, index) }| {
+        (PackedSegment { wal_bytes: length as u64, digest, chunks, sections }, index)
+    }))
 }
 
-fn pack_sections(
-    index: &SegmentIndex,
-    mut compressor: Option<&mut zstd::bulk::Compressor<'_>>,
-) -> Vec<PackedSection> {
+fn header() -> [u8; HEADER_BYTES] {
+    Header { kind: ObjectKind::Segment }.encode()
+}
+
+fn pack_sections(index: &SegmentIndex, mut compressor: Option<&mut Compressor<'_>>) -> Vec<PackedSection> {
     let sections = index.encode_sections().into_iter();
     let pack = |(id, raw): (u16, Vec<u8>)| {
         let stored = pack_with(compressor.as_deref_mut(), &raw);
         PackedSection { id, raw_bytes: raw.len(), stored }
     };
     sections.map(pack).collect()
-}
-
-/// Compresses the WAL in chunks; this thread does `meanwhile` before it joins in.
-fn pack_chunks<T>(
-    wal: &[u8],
-    level: i32,
-    threads: usize,
-    meanwhile: impl FnOnce(Option<&mut zstd::bulk::Compressor<'_>>) -> T,
-) -> (PackedSegment, T) {
-    let chunks: Vec<&[u8]> = wal.chunks(CHUNK_BYTES).collect();
-    let next = AtomicUsize::new(0);
-    let work = |mut compressor: Option<zstd::bulk::Compressor<'_>>| {
-        let mut done = Vec::new();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(chunk) = chunks.get(i) else { return done };
-            done.push((i, pack_with(compressor.as_mut(), chunk)));
-        }
-    };
-    let compressor = || zstd::bulk::Compressor::new(level).ok();
-    let helpers = threads.saturating_sub(1).min(chunks.len().saturating_sub(1));
-    let (mut packed, digest, told) = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..helpers).map(|_| scope.spawn(|| work(compressor()))).collect();
-        let mut compressor = compressor();
-        let told = meanwhile(compressor.as_mut());
-        let digest = wal_digest(wal);
-        let mut packed = work(compressor);
-        for handle in handles {
-            packed.extend(handle.join().expect("compression does not panic"));
-        }
-        (packed, digest, told)
-    });
-    packed.sort_unstable_by_key(|(i, _)| *i);
-    let chunks = packed.into_iter().map(|(_, chunk)| chunk).collect();
-    (PackedSegment { wal_bytes: wal.len() as u64, digest, chunks, sections: Vec::new() }, told)
 }
 
 impl PackedSegment {
@@ -139,21 +119,18 @@ impl PackedSegment {
     pub fn seal(self) -> Vec<u8> {
         let mut directory = Writer::new();
         directory.u64(self.wal_bytes).u32(u32::try_from(CHUNK_BYTES).unwrap_or(u32::MAX)).bytes(&self.digest);
-        directory.varint(self.chunks.len() as u64);
-        for stored in &self.chunks {
-            directory.varint(stored.len() as u64).u32(crc32fast::hash(stored));
+        directory.varint(self.chunks.each.len() as u64);
+        for (stored_bytes, crc) in &self.chunks.each {
+            directory.varint(*stored_bytes as u64).u32(*crc);
         }
         directory.varint(self.sections.len() as u64);
         for PackedSection { id, raw_bytes, stored } in &self.sections {
             directory.u16(*id).u16(SECTION_VERSION);
             directory.varint(stored.len() as u64).varint(*raw_bytes as u64).u32(crc32fast::hash(stored));
         }
-        let parts = || self.chunks.iter().chain(self.sections.iter().map(|section| &section.stored));
-        let ends = HEADER_BYTES.saturating_add(directory.len()).saturating_add(FOOTER_BYTES);
-        let mut object = Vec::with_capacity(parts().map(Vec::len).fold(ends, usize::saturating_add));
-        object.extend_from_slice(&Header { kind: ObjectKind::Segment }.encode());
-        for part in parts() {
-            object.extend_from_slice(part);
+        let mut object = self.chunks.stored;
+        for section in &self.sections {
+            object.extend_from_slice(&section.stored);
         }
         object.extend_from_slice(directory.as_bytes());
         Footer::append(&mut object, u32::try_from(directory.len()).unwrap_or(u32::MAX));

@@ -9,9 +9,9 @@ use waltide_format::engines::postgres::scan::{
     Previous, PreviousLog, ScanContext, ScanError, ScanMode, scan_segment,
 };
 use waltide_format::engines::postgres::wal::{
-    Damage, Expected, LongHeader, PageHeader, PreviousTail, SegmentSpan,
+    Damage, Expected, LONG_HEADER_BYTES, LongHeader, PageHeader, PreviousTail, SegmentSpan, WalBytes,
 };
-use waltide_format::{Lsn, PgMajor, SegmentName};
+use waltide_format::{Lsn, PgMajor, SegmentName, SystemId};
 
 use super::wal_dir::WalDir;
 
@@ -115,35 +115,40 @@ pub(crate) struct Admission {
     pub(crate) force: bool,
 }
 
+/// What a segment is compared with.
+struct Around {
+    system_ids: [SystemId; 1],
+    previous: Option<Previous<'static>>,
+    next: Option<Vec<u8>>,
+}
+
 impl Admission {
-    /// Checks the segment and makes its index.
+    /// Checks a segment that can be read once, and makes its index. None where that is not enough, because its last record
+    /// goes far into the next segment.
+    pub(crate) fn scan_once(&self, wal: &mut dyn WalBytes) -> Result<Option<SegmentIndex>, Refusal> {
+        let (span, length) = (self.span()?, wal.length());
+        let first_page = wal.part(0..length.min(LONG_HEADER_BYTES)).unwrap_or_default();
+        self.check_shape(first_page, length as u64, span)?;
+        let around = self.around(span);
+        let scan = scan_segment(wal, &self.context(&around)).map_err(Refusal::Scan)?;
+        Ok((!goes_on_beyond(&scan.index, around.next.as_deref())).then_some(scan.index))
+    }
+
+    /// Checks a segment and makes its index, or, where it is forced, a note of what is wrong with it.
     pub(crate) fn scan(&self, wal: &[u8]) -> Result<SegmentIndex, Refusal> {
-        let size = self.system.segment_size;
-        let nameless = Refusal::NoSuchName { size: size.bytes() };
-        let start = self.segment.start(size).ok_or(nameless.clone())?;
-        let span = SegmentSpan::containing(start, size).ok_or(nameless)?;
-        if let Err(why) = self.check_shape(wal, span) {
+        let span = self.span()?;
+        if let Err(why) = self.check_shape(wal, wal.len() as u64, span) {
             // A segment cut short still has the records of its beginning.
             let is_cut = matches!(why, Refusal::Length { found, expected } if found < expected);
             if !(self.force && is_cut) {
                 return self.only_if_forced(wal, span, why);
             }
         }
-        let next = |bytes| self.segment.next(size).and_then(|name| self.dir.segment_head(name, bytes));
-        let head = next(NEXT_BYTES);
-        let system_ids = [self.system.system_id];
-        let context = ScanContext {
-            system_ids: &system_ids,
-            major: Some(self.system.major),
-            previous: self.previous(span),
-            next: head.as_deref(),
-            history: self.history.as_ref(),
-            mode: if self.partial { ScanMode::Partial } else { ScanMode::Whole },
-            ..ScanContext::new(self.segment, size)
-        };
+        let around = self.around(span);
+        let context = self.context(&around);
         let mut scanned = scan_segment(wal, &context);
-        if scanned.as_ref().is_ok_and(|scan| goes_on_beyond(&scan.index, head.as_deref())) {
-            let longer = next(NEXT_BYTES_MAX);
+        if scanned.as_ref().is_ok_and(|scan| goes_on_beyond(&scan.index, around.next.as_deref())) {
+            let longer = self.next(span, NEXT_BYTES_MAX);
             scanned = scan_segment(wal, &ScanContext { next: longer.as_deref(), ..context.clone() });
         }
         let refused = match scanned {
@@ -160,17 +165,45 @@ impl Admission {
         self.only_if_forced(wal, span, Refusal::Scan(refused))
     }
 
-    /// Checks what can be told without reading records: whether the file is what its name says.
-    fn check_shape(&self, wal: &[u8], span: SegmentSpan) -> Result<(), Refusal> {
-        let page =
-            PageHeader::decode_anywhere(wal, span.start()).map_err(|damage| Refusal::NotWal { damage })?;
+    fn span(&self) -> Result<SegmentSpan, Refusal> {
+        let size = self.system.segment_size;
+        let span = self.segment.start(size).and_then(|start| SegmentSpan::containing(start, size));
+        span.ok_or(Refusal::NoSuchName { size: size.bytes() })
+    }
+
+    fn around(&self, span: SegmentSpan) -> Around {
+        let system_ids = [self.system.system_id];
+        Around { system_ids, previous: self.previous(span), next: self.next(span, NEXT_BYTES) }
+    }
+
+    fn context<'a>(&'a self, around: &'a Around) -> ScanContext<'a> {
+        ScanContext {
+            system_ids: &around.system_ids,
+            major: Some(self.system.major),
+            previous: around.previous.clone(),
+            next: around.next.as_deref(),
+            history: self.history.as_ref(),
+            mode: if self.partial { ScanMode::Partial } else { ScanMode::Whole },
+            ..ScanContext::new(self.segment, self.system.segment_size)
+        }
+    }
+
+    /// The first bytes of the segment that follows, where it lies beside.
+    fn next(&self, span: SegmentSpan, bytes: u64) -> Option<Vec<u8>> {
+        self.dir.segment_head(self.segment.next(span.size())?, bytes)
+    }
+
+    /// Checks what can be told without reading records: whether the file, of `length` bytes, is what its name says.
+    fn check_shape(&self, first_page: &[u8], length: u64, span: SegmentSpan) -> Result<(), Refusal> {
+        let page = PageHeader::decode_anywhere(first_page, span.start())
+            .map_err(|damage| Refusal::NotWal { damage })?;
         let long = page.long.ok_or(Refusal::NoLongHeader)?;
         let size = span.size().bytes();
         if long.segment_size != span.size() {
             return Err(Refusal::SegmentSize { found: long.segment_size.bytes(), expected: size });
         }
-        if wal.len() as u64 != size {
-            return Err(Refusal::Length { found: wal.len() as u64, expected: size });
+        if length != size {
+            return Err(Refusal::Length { found: length, expected: size });
         }
         if page.address != span.start() {
             return Err(Refusal::Address { found: page.address, expected: span.start() });

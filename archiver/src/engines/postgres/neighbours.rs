@@ -31,7 +31,7 @@ pub(crate) async fn push_with_neighbours(
     path: &Path,
     threads: usize,
 ) -> Result<Pushed, PushError> {
-    let mut arrival = match shipper.look(path, threads).await? {
+    let mut arrival = match shipper.look(path).await? {
         Looked::Done(pushed) => return Ok(pushed),
         Looked::Missing(arrival) => arrival,
     };
@@ -41,7 +41,7 @@ pub(crate) async fn push_with_neighbours(
         let until = Instant::now().checked_add(HAND_OVER);
         while until.is_some_and(|until| Instant::now() < until) {
             if shipper.has_appeared(&arrival).await? {
-                match shipper.look(path, threads).await? {
+                match shipper.look(path).await? {
                     Looked::Done(pushed) => return Ok(pushed),
                     Looked::Missing(again) => arrival = again,
                 }

@@ -1,8 +1,7 @@
 //! Ships one file of pg_wal into the archive: `archive_command`. Acknowledged means durable, nothing is overwritten,
 //! nothing is believed.
 
-use std::fs::File;
-use std::io::Read as _;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,17 +9,18 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::{OnceCell, watch};
 use waltide_format::archive::{
-    AdmittedFault, ClusterInfo, Layout, PushSource, SystemInfo, WalDigest, WalFile, WalObject, pack_segment,
+    AdmittedFault, ClusterInfo, Layout, PackedSegment, PushSource, SegmentIndex, SystemInfo, WalDigest,
+    WalFile, WalObject, pack_segment, read_from, wal_digest,
 };
 use waltide_format::engines::postgres::cluster::{BackupHistory, History, HistoryError};
-use waltide_format::engines::postgres::wal::LONG_HEADER_BYTES;
+use waltide_format::engines::postgres::wal::{LONG_HEADER_BYTES, WalBytes};
 use waltide_format::{Corrupt, Lsn, SegmentName, SystemId, TimelineId, WalFileName};
 use waltide_storage::{Archive, Put, StorageError};
 
 use super::admit::{self, Admission, Refusal};
 use super::copies::{Copies, Incoming, Sources, history_difference};
 use super::parting::Parting;
-use super::wal_dir::{SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_head, read_whole, read_whole_with};
+use super::wal_dir::{OpenFile, SEGMENT_BYTES_MAX, TEXT_BYTES_MAX, WalDir, read_whole};
 use crate::init::{self, InitError, read_json};
 use crate::merged::IdleMerge;
 
@@ -95,7 +95,7 @@ pub enum PushError {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The cluster is not in the archive.
     #[error("cluster {cluster} is not in {archive}\nhint: make it with `waltide init --data-dir DIR`")]
@@ -291,7 +291,8 @@ pub(crate) struct Arrival {
     name: WalFileName,
     segment: SegmentName,
     partial: bool,
-    wal: Bytes,
+    file: Arc<OpenFile>,
+    path: PathBuf,
     system_id: SystemId,
     object: String,
     /// Whether nothing was stored under its name when it was looked at.
@@ -304,7 +305,7 @@ impl Arrival {
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {
-        self.wal.len() as u64
+        self.file.length()
     }
 }
 
@@ -349,7 +350,7 @@ impl Shipper {
 
     /// Ships the file at `path`, working on `threads` threads.
     pub async fn ship(&self, path: &Path, threads: usize) -> Result<Pushed, PushError> {
-        match self.look(path, threads).await? {
+        match self.look(path).await? {
             Looked::Done(pushed) => Ok(pushed),
             Looked::Missing(arrival) => self.store(*arrival, threads).await,
         }
@@ -357,7 +358,7 @@ impl Shipper {
 
     /// Sees whether a segment is in the archive already: this is how the run of one that a neighbour's run has shipped
     /// returns at once. Its digest proves it, before anything is scanned. A text file is shipped here and now.
-    pub(crate) async fn look(&self, path: &Path, threads: usize) -> Result<Looked, PushError> {
+    pub(crate) async fn look(&self, path: &Path) -> Result<Looked, PushError> {
         let file_name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let name: WalFileName =
             file_name.parse().map_err(|e| PushError::Name { path: path.to_owned(), why: format!("{e}") })?;
@@ -370,7 +371,8 @@ impl Shipper {
             }
         };
         let unreadable = |source| PushError::Read { path: path.to_owned(), source };
-        let head = read_head(path, LONG_HEADER_BYTES as u64).map_err(unreadable)?;
+        let file = Arc::new(OpenFile::open(path, SEGMENT_BYTES_MAX).map_err(unreadable)?);
+        let head = file.head(LONG_HEADER_BYTES as u64).map_err(unreadable)?;
         let system_id = match admit::identify(&head) {
             Ok(long) => long.system_id,
             // A first page that cannot be read says nothing; where it is forced, the directory tells whose it is.
@@ -384,34 +386,25 @@ impl Shipper {
         let object = self.0.layout.system(system_id).wal_file(name);
         let copies = self.copies(system_id);
         let stored = copies.digest(&object).await?;
-        let mut is_there = None;
+        let is_free = stored.is_none();
         if let Some(stored) = stored {
             let found = {
-                let path = path.to_owned();
-                blocking(name, move || digest_of(&path)).await?
+                let file = Arc::clone(&file);
+                blocking(name, move || digest_of(&file)).await?
             };
-            let (digest, file_bytes) = found.map_err(unreadable)?;
-            if digest == stored {
+            if found.map_err(unreadable)? == stored {
                 let twins = copies.of_twin(name).await?;
-                if twins.is_empty() {
-                    return self.already_there(name, object, file_bytes).await.map(Looked::Done);
+                if !twins.is_empty() {
+                    // It was stored while its twin was: neither has been compared with the other yet.
+                    let whole = Whole { name, path, file: &file, digest: Some(stored) };
+                    let (wal, pushed_by) = (whole.read().await?, source_of(&dir, name).await?);
+                    copies.twin_holder(Incoming { name, wal: &wal, pushed_by: &pushed_by }, &twins).await?;
                 }
-                is_there = Some((twins, file_bytes));
+                return self.already_there(name, object, file.length()).await.map(Looked::Done);
             }
         }
-        let read = {
-            let path = path.to_owned();
-            blocking(name, move || read_whole_with(&path, SEGMENT_BYTES_MAX, threads)).await?
-        };
-        let wal = read.map_err(unreadable)?;
-        if let Some((twins, file_bytes)) = is_there {
-            // It was stored while its twin was: neither has been compared with the other yet.
-            let pushed_by = source_of(&dir, name).await?;
-            copies.twin_holder(Incoming { name, wal: &wal, pushed_by: &pushed_by }, &twins).await?;
-            return self.already_there(name, object, file_bytes).await.map(Looked::Done);
-        }
-        let is_free = stored.is_none();
-        let arrival = Arrival { dir, name, segment, partial, wal, system_id, object, is_free };
+        let path = path.to_owned();
+        let arrival = Arrival { dir, name, segment, partial, file, path, system_id, object, is_free };
         Ok(Looked::Missing(Box::new(arrival)))
     }
 
@@ -428,36 +421,40 @@ impl Shipper {
 
     /// Admits a segment and stores it, beside a shorter copy if there is one.
     pub(crate) async fn store(&self, arrival: Arrival, threads: usize) -> Result<Pushed, PushError> {
-        let Arrival { dir, name, segment, partial, wal, system_id, object, is_free } = arrival;
-        let file_bytes = wal.len() as u64;
+        let Arrival { dir, name, segment, partial, file, path, system_id, object, is_free } = arrival;
+        let file_bytes = file.length();
         let system = self.0.layout.system(system_id);
         let info = self.system(name, system_id).await?;
         let history = self.history(&dir, segment, system_id).await?;
         let pushed_by = source_of(&dir, name).await?;
-        let incoming = Incoming { name, wal: &wal, pushed_by: &pushed_by };
         let copies = self.copies(system_id);
         let twins = copies.of_twin(name).await?;
-        // A `.partial` of which the whole segment holds everything adds nothing.
-        let twin_holder = copies.twin_holder(incoming, &twins).await?.filter(|_| partial);
         let wal_dir = dir.clone();
-        let admission = Admission { segment, partial, system: info, history, dir, force: self.0.force_admit };
-        let level = self.0.level;
-        let packed = {
-            let (wal, pushed_by) = (wal.clone(), pushed_by.clone());
-            blocking(name, move || {
-                let index = || {
-                    let mut index = admission.scan(&wal)?;
-                    index.pushed_by = Some(pushed_by);
-                    Ok(index)
-                };
-                pack_segment(&wal, level, threads, index).map(|(packed, index)| {
-                    let digest = packed.digest();
-                    (index, digest, Bytes::from(packed.seal()))
-                })
-            })
-            .await?
+        let force = self.0.force_admit;
+        let admission = Arc::new(Admission { segment, partial, system: info, history, dir, force });
+        let packing = Packing { admission, level: self.0.level, threads, pushed_by: pushed_by.clone() };
+        let mut whole = Whole { name, path: &path, file: &file, digest: None };
+        // Nearly always one look at the file is enough.
+        let once = if is_free && !partial && !force && twins.is_empty() {
+            let (packing, file) = (packing.clone(), Arc::clone(&file));
+            let packed = blocking(name, move || packing.once(&file)).await?;
+            packed.map_err(|source| whole.unreadable(source))?.transpose()
+        } else {
+            None
         };
-        let (index, digest, stored_object) = packed.map_err(|why| PushError::Refused { name, why })?;
+        let (parcel, twin_holder) = match once {
+            Some(parcel) => (parcel, None),
+            None => {
+                let wal = whole.read().await?;
+                let incoming = Incoming { name, wal: &wal, pushed_by: &pushed_by };
+                // A `.partial` of which the whole segment holds everything adds nothing.
+                let twin_holder = copies.twin_holder(incoming, &twins).await?.filter(|_| partial);
+                (blocking(name, move || packing.whole(&wal)).await?, twin_holder)
+            }
+        };
+        let Parcel { index, digest, stored_object } =
+            parcel.map_err(|why| PushError::Refused { name, why })?;
+        whole.digest = Some(digest);
         let faults = index.faults.clone();
         let valid_end = index.info.valid_end;
         let stored_bytes = stored_object.len() as u64;
@@ -484,7 +481,7 @@ impl Shipper {
         }
         if is_free {
             if self.0.archive.put_new(&object, stored_object.clone()).await? == Put::Created {
-                self.compare_with_latecomers(incoming, &twins, system_id).await?;
+                self.compare_with_latecomers(whole, &pushed_by, &twins, system_id).await?;
                 return Ok(pushed(object, Outcome::Stored, stored_bytes));
             }
             // A watch and PostgreSQL's own command may ship the same file at the same time.
@@ -495,6 +492,8 @@ impl Shipper {
 
         // Other bytes are there under that name: every copy must agree as far as both go. Where another run puts a copy
         // there between the look and the put, the next look sees it.
+        let wal = whole.read().await?;
+        let incoming = Incoming { name, wal: &wal, pushed_by: &pushed_by };
         let beside = system.wal_object(WalObject::Longer { of: name, valid_end });
         let mut known: Vec<String> = Vec::new();
         let mut is_stored = false;
@@ -502,7 +501,7 @@ impl Shipper {
             let mut fresh = copies.of(name).await?;
             fresh.retain(|copy| !known.contains(copy) && (!is_stored || *copy != beside));
             if is_stored && fresh.is_empty() {
-                self.compare_with_latecomers(incoming, &twins, system_id).await?;
+                self.compare_with_latecomers(whole, &pushed_by, &twins, system_id).await?;
                 return Ok(pushed(beside, Outcome::StoredBeside, stored_bytes));
             }
             let holder = copies.holder(incoming, &fresh).await?;
@@ -526,14 +525,19 @@ impl Shipper {
     /// that disagree, one at least is not acknowledged.
     async fn compare_with_latecomers(
         &self,
-        incoming: Incoming<'_>,
+        whole: Whole<'_>,
+        pushed_by: &PushSource,
         known: &[String],
         system_id: SystemId,
     ) -> Result<(), PushError> {
-        let copies = self.copies(system_id);
-        let mut twins = copies.of_twin(incoming.name).await?;
+        let (name, copies) = (whole.name, self.copies(system_id));
+        let mut twins = copies.of_twin(name).await?;
         twins.retain(|twin| !known.contains(twin));
-        copies.twin_holder(incoming, &twins).await.map(|_| ())
+        if twins.is_empty() {
+            return Ok(());
+        }
+        let wal = whole.read().await?;
+        copies.twin_holder(Incoming { name, wal: &wal, pushed_by }, &twins).await.map(|_| ())
     }
 
     fn copies(&self, system_id: SystemId) -> Copies<'_> {
@@ -682,20 +686,101 @@ impl Shipper {
     }
 }
 
-/// SHA-256 of a file and its length, in little memory.
-fn digest_of(path: &Path) -> std::io::Result<([u8; 32], u64)> {
-    let mut file = File::open(path)?.take(SEGMENT_BYTES_MAX);
-    let (mut digest, mut part) = (WalDigest::new(), vec![0; 256 << 10]);
-    let mut length = 0u64;
-    loop {
-        match file.read(&mut part)? {
-            0 => return Ok((digest.finish(), length)),
-            n => {
-                digest.update(part.get(..n).unwrap_or_default());
-                length = length.saturating_add(n as u64);
+/// How a segment becomes what is stored of it.
+#[derive(Debug, Clone)]
+struct Packing {
+    admission: Arc<Admission>,
+    level: i32,
+    threads: usize,
+    pushed_by: PushSource,
+}
+
+/// What is stored of a segment.
+struct Parcel {
+    index: SegmentIndex,
+    digest: [u8; 32],
+    stored_object: Bytes,
+}
+
+impl Packing {
+    /// Reads a file once, checks and compresses it. None where it must be read as a whole.
+    fn once(&self, file: &OpenFile) -> io::Result<Result<Option<Parcel>, Refusal>> {
+        let length = usize::try_from(file.length()).map_err(io::Error::other)?;
+        let read = |at: usize, part: &mut [u8]| file.read(at as u64, part);
+        let packed = pack_segment(length, read, self.level, self.threads, |wal| {
+            match self.admission.scan_once(wal) {
+                Ok(Some(index)) => Ok(self.signed(index)),
+                Ok(None) => Err(None),
+                Err(why) => Err(Some(why)),
             }
-        }
+        })?;
+        Ok(match packed {
+            Ok(packed) => Ok(Some(Parcel::new(packed))),
+            Err(None) => Ok(None),
+            Err(Some(why)) => Err(why),
+        })
     }
+
+    /// The same of a segment that is in memory.
+    fn whole(&self, wal: &[u8]) -> Result<Parcel, Refusal> {
+        let index = |_: &mut dyn WalBytes| self.admission.scan(wal).map(|index| self.signed(index));
+        let packed = pack_segment(wal.len(), read_from(wal), self.level, self.threads, index);
+        packed.expect("memory is there to be read").map(Parcel::new)
+    }
+
+    fn signed(&self, index: SegmentIndex) -> SegmentIndex {
+        SegmentIndex { pushed_by: Some(self.pushed_by.clone()), ..index }
+    }
+}
+
+impl Parcel {
+    fn new((packed, index): (PackedSegment, SegmentIndex)) -> Self {
+        let digest = packed.digest();
+        Self { index, digest, stored_object: Bytes::from(packed.seal()) }
+    }
+}
+
+/// A file that may have to be read as a whole.
+#[derive(Debug, Clone, Copy)]
+struct Whole<'a> {
+    name: WalFileName,
+    path: &'a Path,
+    file: &'a Arc<OpenFile>,
+    /// What it had when it was read before.
+    digest: Option<[u8; 32]>,
+}
+
+impl Whole<'_> {
+    fn unreadable(&self, source: io::Error) -> PushError {
+        PushError::Read { path: self.path.to_owned(), source }
+    }
+
+    async fn read(&self) -> Result<Bytes, PushError> {
+        let (file, digest) = (Arc::clone(self.file), self.digest);
+        let read = blocking(self.name, move || {
+            let wal = file.whole()?;
+            match digest.filter(|digest| *digest != wal_digest(&wal)) {
+                Some(_) => Err(io::Error::other("it changed while it was archived")),
+                None => Ok(Bytes::from(wal)),
+            }
+        });
+        read.await?.map_err(|source| self.unreadable(source))
+    }
+}
+
+/// SHA-256 of a file, in little memory.
+fn digest_of(file: &OpenFile) -> io::Result<[u8; 32]> {
+    let (mut digest, mut part) = (WalDigest::new(), vec![0; 256 << 10]);
+    let mut at = 0u64;
+    while at < file.length() {
+        let left = usize::try_from(file.length().saturating_sub(at)).unwrap_or(usize::MAX);
+        let bytes = left.min(part.len());
+        let part = part.get_mut(..bytes).unwrap_or_default();
+        file.read(at, part)?;
+        digest.update(part);
+        at = at.saturating_add(bytes as u64);
+    }
+    Ok(digest.finish())
 }
 
 /// Who pushes a file that lies in `dir`.

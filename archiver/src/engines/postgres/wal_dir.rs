@@ -6,8 +6,6 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bytes::Bytes;
-use memmap2::MmapMut;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use waltide_format::archive::PushSource;
@@ -25,8 +23,6 @@ const ENDS_BYTES: usize = 128 << 10;
 /// How often and at what distance the place of the resident shipper is asked for.
 const LOCK_TRIES: u32 = 20;
 const LOCK_STEP: Duration = Duration::from_millis(10);
-/// Less than this is not worth a thread.
-const READ_BYTES_MIN: usize = 4 << 20;
 
 /// `pg_wal`, or any directory that files of it were copied to.
 #[derive(Debug, Clone)]
@@ -168,31 +164,41 @@ pub(crate) fn read_whole(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The same on several threads, into memory of large pages where the system has them: most of the time goes into pages
-/// that are touched for the first time.
-pub(crate) fn read_whole_with(path: &Path, max: u64, threads: usize) -> io::Result<Bytes> {
-    let (file, length) = open_whole(path, max)?;
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    if length == 0 {
-        return Ok(Bytes::new());
+/// A file in pg_wal that is open, so that all of its bytes are of one file, whatever gets its name.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    file: File,
+    length: u64,
+}
+
+impl OpenFile {
+    /// Opens a file of at most `max` bytes.
+    pub(crate) fn open(path: &Path, max: u64) -> io::Result<Self> {
+        let (file, length) = open_whole(path, max)?;
+        Ok(Self { file, length })
     }
-    let share = length.div_ceil(threads.max(1)).max(READ_BYTES_MIN);
-    let mut bytes = MmapMut::map_anon(length)?;
-    // Only a wish: a system without large pages does without.
-    #[cfg(target_os = "linux")]
-    let _ = bytes.advise(memmap2::Advice::HugePage);
-    let read = |at: u64, part: &mut [u8]| file.read_exact_at(part, at);
-    std::thread::scope(|scope| {
-        let mut parts = (0u64..).step_by(share).zip(bytes.chunks_mut(share));
-        let first = parts.next();
-        let handles: Vec<_> = parts.map(|(at, part)| scope.spawn(move || read(at, part))).collect();
-        let mut done = first.map_or(Ok(()), |(at, part)| read(at, part));
-        for handle in handles {
-            done = done.and(handle.join().expect("reading does not panic"));
-        }
-        done
-    })?;
-    Ok(Bytes::from_owner(bytes))
+
+    /// How long it was when it was opened.
+    pub(crate) const fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Its bytes from `at` on, as many as `part` takes.
+    pub(crate) fn read(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(part, at)
+    }
+
+    /// Its first `bytes` bytes, or all of a shorter one.
+    pub(crate) fn head(&self, bytes: u64) -> io::Result<Vec<u8>> {
+        let mut head = vec![0; usize::try_from(self.length.min(bytes)).map_err(io::Error::other)?];
+        self.read(0, &mut head)?;
+        Ok(head)
+    }
+
+    /// All of it.
+    pub(crate) fn whole(&self) -> io::Result<Vec<u8>> {
+        self.head(self.length)
+    }
 }
 
 fn open_whole(path: &Path, max: u64) -> io::Result<(File, u64)> {

@@ -1,0 +1,399 @@
+//! Compresses a segment while it is read: chunk by chunk, in few buffers, on several threads.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::stored_segment::{CHUNK_BYTES, WalDigest};
+use crate::engines::postgres::wal::WalBytes;
+
+pub(super) type Compressor<'a> = zstd::bulk::Compressor<'a>;
+
+/// What a segment became.
+#[derive(Debug)]
+pub(super) struct Packed<T> {
+    pub(super) digest: [u8; 32],
+    pub(super) chunks: Chunks,
+    /// What was made of its bytes meanwhile.
+    pub(super) made: T,
+}
+
+/// Compressed chunks one behind the other.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Chunks {
+    pub(super) stored: Vec<u8>,
+    /// How long each is, and its checksum.
+    pub(super) each: Vec<(usize, u32)>,
+}
+
+/// Compresses the `length` bytes that `read` gives on `threads` threads, this one among them, and puts them behind `before`.
+/// `make` sees the same bytes meanwhile, and what it leaves is read after it. `add` then works on what was made, while the
+/// last chunks are compressed. Every byte is read once.
+pub(super) fn pack<T, U, E>(
+    length: usize,
+    read: impl FnMut(usize, &mut [u8]) -> io::Result<()>,
+    level: i32,
+    threads: usize,
+    before: &[u8],
+    make: impl FnOnce(&mut dyn WalBytes) -> Result<T, E>,
+    add: impl FnOnce(T, Option<&mut Compressor<'_>>) -> U,
+) -> io::Result<Result<Packed<U>, E>> {
+    let helpers = threads.saturating_sub(1).min(length.div_ceil(CHUNK_BYTES).saturating_sub(1));
+    let belt = Belt::new(before);
+    let mut press = Press::new(level);
+    let (digest, made) = std::thread::scope(|scope| {
+        // However this ends, the helpers end as well.
+        let _ending = Ending(&belt);
+        for _ in 0..helpers {
+            scope.spawn(|| belt.help(&mut Press::new(level)));
+        }
+        let mut feed = Feed {
+            belt: &belt,
+            read,
+            length,
+            // One in each helper's hands, one that waits for it, and this thread's own.
+            buffers_left: helpers.saturating_mul(2).saturating_add(1),
+            current: None,
+            failed: None,
+            digest: WalDigest::new(),
+            press: &mut press,
+        };
+        let made = make(&mut feed);
+        if let Some(e) = feed.failed.take() {
+            return Err(e);
+        }
+        let made = match made {
+            Ok(made) => made,
+            Err(e) => return Ok(([0; 32], Err(e))),
+        };
+        let digest = feed.finish()?;
+        let made = add(made, press.compressor.as_mut());
+        while let Some(chunk) = belt.next() {
+            belt.compress(chunk, &mut press);
+        }
+        Ok((digest, Ok(made)))
+    })?;
+    let chunks = belt.out.into_inner().unwrap_or_else(PoisonError::into_inner).chunks;
+    Ok(made.map(|made| Packed { digest, chunks, made }))
+}
+
+/// A chunk's number and its WAL.
+#[derive(Debug)]
+struct Chunk {
+    number: usize,
+    wal: Vec<u8>,
+}
+
+/// A compressor and the place that it writes to.
+struct Press<'a> {
+    compressor: Option<Compressor<'a>>,
+    scratch: Vec<u8>,
+}
+
+impl Press<'_> {
+    fn new(level: i32) -> Self {
+        let bound = zstd::zstd_safe::compress_bound(CHUNK_BYTES);
+        Self { compressor: Compressor::new(level).ok(), scratch: Vec::with_capacity(bound) }
+    }
+
+    /// Compresses a chunk unless that makes it longer.
+    fn press<'s>(&'s mut self, wal: &'s [u8]) -> &'s [u8] {
+        let compressor = self.compressor.as_mut();
+        let bytes = compressor.and_then(|c| c.compress_to_buffer(wal, &mut self.scratch).ok());
+        match bytes {
+            Some(bytes) if bytes < wal.len() => &self.scratch,
+            _ => wal,
+        }
+    }
+}
+
+/// The chunks that wait to be compressed, the buffers that wait for another, and what is compressed.
+#[derive(Debug)]
+struct Belt {
+    state: Mutex<State>,
+    changed: Condvar,
+    out: Mutex<Out>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Arc<Chunk>>,
+    idle: Vec<Vec<u8>>,
+    is_over: bool,
+}
+
+#[derive(Debug, Default)]
+struct Out {
+    chunks: Chunks,
+    /// What was done before its turn.
+    early: BTreeMap<usize, (Vec<u8>, u32)>,
+}
+
+impl Belt {
+    fn new(before: &[u8]) -> Self {
+        let chunks = Chunks { stored: before.to_vec(), each: Vec::new() };
+        let out = Mutex::new(Out { chunks, early: BTreeMap::new() });
+        Self { state: Mutex::default(), changed: Condvar::new(), out }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<Arc<Chunk>> {
+        self.state().waiting.pop_front()
+    }
+
+    /// Compresses what comes until nothing more does.
+    fn help(&self, press: &mut Press<'_>) {
+        let mut state = self.state();
+        loop {
+            if let Some(chunk) = state.waiting.pop_front() {
+                drop(state);
+                let idle = self.compress(chunk, press);
+                state = self.state();
+                state.idle.extend(idle);
+                self.changed.notify_all();
+            } else if state.is_over {
+                return;
+            } else {
+                state = self.wait(state);
+            }
+        }
+    }
+
+    /// Compresses a chunk. Its buffer comes back if nobody else looks at it any more.
+    fn compress(&self, chunk: Arc<Chunk>, press: &mut Press<'_>) -> Option<Vec<u8>> {
+        let stored = press.press(&chunk.wal);
+        let crc = crc32fast::hash(stored);
+        self.out.lock().unwrap_or_else(PoisonError::into_inner).add(chunk.number, stored, crc);
+        Arc::into_inner(chunk).map(|chunk| chunk.wal)
+    }
+}
+
+impl Out {
+    /// Puts a chunk in its place, and behind it what waited for it.
+    fn add(&mut self, number: usize, stored: &[u8], crc: u32) {
+        if number != self.chunks.each.len() {
+            self.early.insert(number, (stored.to_vec(), crc));
+            return;
+        }
+        self.chunks.push(stored, crc);
+        while let Some((stored, crc)) = self.early.remove(&self.chunks.each.len()) {
+            self.chunks.push(&stored, crc);
+        }
+    }
+}
+
+impl Chunks {
+    fn push(&mut self, stored: &[u8], crc: u32) {
+        self.stored.extend_from_slice(stored);
+        self.each.push((stored.len(), crc));
+    }
+}
+
+/// Tells the helpers that nothing more comes.
+struct Ending<'b>(&'b Belt);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.state().is_over = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A segment's bytes as they are read. Each chunk is compressed by whoever is free while it is looked at here.
+struct Feed<'b, 'c, R> {
+    belt: &'b Belt,
+    read: R,
+    length: usize,
+    /// How many more buffers there may be.
+    buffers_left: usize,
+    current: Option<Arc<Chunk>>,
+    failed: Option<io::Error>,
+    digest: WalDigest,
+    press: &'b mut Press<'c>,
+}
+
+impl<R: FnMut(usize, &mut [u8]) -> io::Result<()>> Feed<'_, '_, R> {
+    /// Reads the next chunk. None behind the last, and where reading failed.
+    fn advance(&mut self) -> Option<()> {
+        if self.failed.is_some() {
+            return None;
+        }
+        let number = self.current.as_ref().map_or(0, |chunk| chunk.number.saturating_add(1));
+        let from = number.saturating_mul(CHUNK_BYTES);
+        let bytes = self.length.checked_sub(from).filter(|left| *left > 0)?.min(CHUNK_BYTES);
+        let mut wal = self.buffer();
+        wal.resize(bytes, 0);
+        if let Err(e) = (self.read)(from, &mut wal) {
+            self.failed = Some(e);
+            return None;
+        }
+        let chunk = Arc::new(Chunk { number, wal });
+        self.belt.state().waiting.push_back(Arc::clone(&chunk));
+        self.belt.changed.notify_all();
+        self.digest.update(&chunk.wal);
+        self.current = Some(chunk);
+        Some(())
+    }
+
+    /// A buffer that nobody uses any more, the last chunk's among them.
+    fn buffer(&mut self) -> Vec<u8> {
+        if let Some(chunk) = self.current.take().and_then(Arc::into_inner) {
+            return chunk.wal;
+        }
+        let mut state = self.belt.state();
+        loop {
+            if let Some(idle) = state.idle.pop() {
+                return idle;
+            }
+            if let Some(left) = self.buffers_left.checked_sub(1) {
+                self.buffers_left = left;
+                return Vec::new();
+            }
+            state = match state.waiting.pop_front() {
+                // Everybody is busy: so is this thread.
+                Some(chunk) => {
+                    drop(state);
+                    let idle = self.belt.compress(chunk, self.press);
+                    let mut state = self.belt.state();
+                    state.idle.extend(idle);
+                    state
+                }
+                None => self.belt.wait(state),
+            };
+        }
+    }
+
+    /// Reads what is left.
+    fn finish(mut self) -> io::Result<[u8; 32]> {
+        while self.advance().is_some() {}
+        match self.failed {
+            Some(e) => Err(e),
+            None => Ok(self.digest.finish()),
+        }
+    }
+}
+
+impl<R: FnMut(usize, &mut [u8]) -> io::Result<()>> WalBytes for Feed<'_, '_, R> {
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    fn part(&mut self, range: Range<usize>) -> Option<&[u8]> {
+        let wanted = range.start.checked_div(CHUNK_BYTES)?;
+        while self.current.as_ref().is_none_or(|chunk| chunk.number < wanted) {
+            self.advance()?;
+        }
+        let chunk = self.current.as_ref().filter(|chunk| chunk.number == wanted)?;
+        let begin = wanted.saturating_mul(CHUNK_BYTES);
+        chunk.wal.get(range.start.checked_sub(begin)?..range.end.checked_sub(begin)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::archive::{read_from, wal_digest};
+
+    const BEFORE: &[u8] = b"before";
+
+    fn wal(bytes: usize, seed: u64) -> Vec<u8> {
+        (0..bytes as u64).map(|i| (i.wrapping_mul(seed | 1) >> 58) as u8).collect()
+    }
+
+    fn unpacked(chunks: &Chunks, length: usize) -> Vec<u8> {
+        let mut left = chunks.stored.strip_prefix(BEFORE).unwrap();
+        let mut wal = Vec::new();
+        for (bytes, crc) in &chunks.each {
+            let (stored, rest) = left.split_at(*bytes);
+            assert_eq!(crc32fast::hash(stored), *crc);
+            let raw = CHUNK_BYTES.min(length - wal.len());
+            match stored.len() == raw {
+                true => wal.extend_from_slice(stored),
+                false => wal.extend(zstd::bulk::decompress(stored, raw).unwrap()),
+            }
+            left = rest;
+        }
+        assert!(left.is_empty());
+        wal
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_is_seen_and_what_is_packed_are_what_was_read(
+            bytes in 0usize..(5 << 20) + 17,
+            seed: u64,
+            threads in 0usize..5,
+            mut seen in proptest::collection::vec(0usize..5 << 20, 0..20),
+        ) {
+            let wal = wal(bytes, seed);
+            seen.sort_unstable();
+            let reads = std::cell::RefCell::new(Vec::new());
+            let mut memory = read_from(&wal);
+            let read = |from: usize, part: &mut [u8]| {
+                reads.borrow_mut().push((from, part.len()));
+                memory(from, part)
+            };
+            let look = |feed: &mut dyn WalBytes| {
+                assert_eq!(feed.length(), wal.len());
+                for at in seen {
+                    let page = at & !8191;
+                    assert_eq!(feed.part(page..page + 8192), wal.get(page..page + 8192), "{page}");
+                }
+                Ok::<_, std::convert::Infallible>(7)
+            };
+            let packed = pack(bytes, read, 1, threads, BEFORE, look, |seven, _| seven + 1).unwrap().unwrap();
+            prop_assert_eq!(packed.made, 8);
+            prop_assert_eq!(packed.digest, wal_digest(&wal));
+            prop_assert!(unpacked(&packed.chunks, bytes) == wal);
+            let whole: Vec<_> = (0..bytes).step_by(CHUNK_BYTES).map(|at| (at, CHUNK_BYTES.min(bytes - at))).collect();
+            prop_assert_eq!(reads.into_inner(), whole);
+        }
+    }
+
+    #[test]
+    fn a_read_that_fails_ends_it_wherever_it_is_met() {
+        for (threads, fails_at, looks) in
+            [1, 2, 4].into_iter().flat_map(|t| (0..4).flat_map(move |f| [(t, f, true), (t, f, false)]))
+        {
+            let read = |from: usize, _: &mut [u8]| match from == fails_at * CHUNK_BYTES {
+                true => Err(io::Error::other("worn out")),
+                false => Ok(()),
+            };
+            let look = |feed: &mut dyn WalBytes| match looks {
+                true if feed.part(3 * CHUNK_BYTES..3 * CHUNK_BYTES + 9).is_none() => {
+                    Err("its log stops early")
+                }
+                _ => Ok(()),
+            };
+            let failed = pack(4 * CHUNK_BYTES, read, 1, threads, BEFORE, look, |(), _| ()).unwrap_err();
+            assert_eq!(failed.to_string(), "worn out");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_not_read_to_its_end() {
+        for threads in [1, 3] {
+            let mut reads = 0;
+            let read = |_: usize, _: &mut [u8]| {
+                reads += 1;
+                Ok(())
+            };
+            let look = |feed: &mut dyn WalBytes| {
+                feed.part(CHUNK_BYTES..CHUNK_BYTES + 1).map_or(Ok(()), |_| Err("no"))
+            };
+            let refused = pack(16 * CHUNK_BYTES, read, 1, threads, BEFORE, look, |(), _| ()).unwrap();
+            assert_eq!((refused.unwrap_err(), reads), ("no", 2));
+        }
+    }
+}
