@@ -22,13 +22,14 @@ use waltide_format::engines::postgres::scan::{
     Agreement, ScanContext, ScanMode, common_prefix as compare, scan_segment as scan,
 };
 use waltide_format::engines::postgres::wal::{
-    DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, MultiXactRecord, Next, OriginRecord, Prepare,
-    RECORD_HEADER_BYTES, Record, RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord,
+    DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, MultiXactRecord, Next, OriginRecord, PackedFor,
+    Prepare, RECORD_HEADER_BYTES, Record, RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord,
     SegmentBytes, SegmentSpan, SlruRecord, SmgrRecord, TablespaceRecord, XactAssignment, XactRecord,
     XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
 };
 use waltide_format::{
-    BLOCK_BYTES, Lsn, PgMajor, Reader, SegmentName, SegmentSize, TimelineId, TimestampTz, WalFileName, Writer,
+    BLOCK_BYTES, BlockNumber, Lsn, PgMajor, Reader, RelFileLocator, SegmentName, SegmentSize, TimelineId,
+    TimestampTz, WalFileName, Writer,
 };
 use waltide_replay::engines::postgres::redo::{
     Applied, Cluster as RedoCluster, Page, apply, changes_state, clear_visibility, effects as tell_effects,
@@ -387,11 +388,36 @@ pub fn redo(data: &[u8]) {
             if matches!(done, Ok(Applied::Changed)) && block.image.is_none() {
                 assert_eq!(page.lsn(), record.end);
             }
+            with_packed(record, Some(block.id), block.relation, block.block, |packed| {
+                let mut other = Page::from(bytes);
+                let packed = apply(packed, block.id, &mut other, RedoCluster { logs_hints: true });
+                assert!(packed == done && (done.is_err() || other == page), "what is packed says the same");
+            });
         }
         for (relation, map) in implicit_vm_blocks(record) {
-            clear_visibility(record, relation, map, &mut Page::from(bytes));
+            let mut page = Page::from(bytes);
+            clear_visibility(record, relation, map, &mut page);
+            with_packed(record, None, relation, map, |packed| {
+                let mut other = Page::from(bytes);
+                clear_visibility(packed, relation, map, &mut other);
+                assert!(other == page, "what is packed says the same");
+            });
         }
     });
+}
+
+/// The record as it is kept for a page.
+fn with_packed(
+    record: &Record<'_>,
+    own: Option<u8>,
+    relation: RelFileLocator,
+    block: BlockNumber,
+    look: impl FnOnce(&Record<'_>),
+) {
+    let (mut packed, mut blocks) = (Writer::new(), Vec::new());
+    record.pack(own, relation, &mut packed);
+    let of = PackedFor { start: record.start, end: record.end, xid: record.header.xid, relation, block };
+    look(&Record::unpack(packed.as_bytes(), of, record.major, &mut blocks).expect("what was packed unpacks"));
 }
 
 /// What a record does besides changing pages.

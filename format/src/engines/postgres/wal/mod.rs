@@ -6,6 +6,7 @@ mod heap;
 mod image;
 mod multixact;
 mod origin;
+mod packed;
 mod page;
 mod pglz;
 mod record;
@@ -27,6 +28,7 @@ pub use heap::{VM_HEAP_BLOCKS_PER_PAGE, implicit_vm_blocks, implicit_vm_clears, 
 pub use image::{Compression, Image};
 pub use multixact::MultiXactRecord;
 pub use origin::OriginRecord;
+pub use packed::PackedFor;
 pub use page::{LONG_HEADER_BYTES, LongHeader, PAGE_BYTES, PageFlags, PageHeader, SHORT_HEADER_BYTES};
 pub use record::{Block, BlockRef, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader};
 pub use redirect::{RedirectedTablespace, SegmentBytes, make_tablespace_in_place};

@@ -1,12 +1,10 @@
 //! One record: its header, its block references, its data. Layout: docs/wal.md, "Record".
 
-use std::borrow::Cow;
-
 use crate::engines::postgres::wal::image::{Image, ImageHeader};
 use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, PgMajor, RelFileLocator, Xid};
-use crate::reader::{Reader, Writer};
+use crate::reader::Reader;
 
 /// `SizeOfXLogRecord`.
 pub const RECORD_HEADER_BYTES: usize = 24;
@@ -22,9 +20,9 @@ const BLOCK_ID_DATA_LONG: u8 = 254;
 const BLOCK_ID_ORIGIN: u8 = 253;
 const BLOCK_ID_TOPLEVEL_XID: u8 = 252;
 
-const FORK_MASK: u8 = 0x0F;
-const HAS_IMAGE: u8 = 0x10;
-const HAS_DATA: u8 = 0x20;
+pub(super) const FORK_MASK: u8 = 0x0F;
+pub(super) const HAS_IMAGE: u8 = 0x10;
+pub(super) const HAS_DATA: u8 = 0x20;
 const WILL_INIT: u8 = 0x40;
 const SAME_REL: u8 = 0x80;
 
@@ -96,13 +94,13 @@ pub(super) fn crc_of(record: &[u8]) -> u32 {
 
 /// A part of a record's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Span {
-    from: u32,
-    bytes: u32,
+pub(super) struct Span {
+    pub(super) from: u32,
+    pub(super) bytes: u32,
 }
 
 impl Span {
-    fn of(self, record: &[u8]) -> &[u8] {
+    pub(super) fn of(self, record: &[u8]) -> &[u8] {
         let from = self.from as usize;
         record.get(from..from.saturating_add(self.bytes as usize)).unwrap_or_default()
     }
@@ -112,13 +110,13 @@ impl Span {
 /// buffer serves all records of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockRef {
-    id: u8,
-    flags: u8,
-    fork: ForkNumber,
-    relation: RelFileLocator,
-    block: BlockNumber,
-    image: Option<(ImageHeader, Span)>,
-    data: Span,
+    pub(super) id: u8,
+    pub(super) flags: u8,
+    pub(super) fork: ForkNumber,
+    pub(super) relation: RelFileLocator,
+    pub(super) block: BlockNumber,
+    pub(super) image: Option<(ImageHeader, Span)>,
+    pub(super) data: Span,
 }
 
 /// A block that a record refers to.
@@ -152,9 +150,9 @@ impl Block<'_> {
 /// What [`Record::parse`] found besides the blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Parsed {
-    main: Span,
-    origin: Option<u16>,
-    toplevel_xid: Option<Xid>,
+    pub(super) main: Span,
+    pub(super) origin: Option<u16>,
+    pub(super) toplevel_xid: Option<Xid>,
 }
 
 /// A record, borrowed from the log.
@@ -168,8 +166,8 @@ pub struct Record<'a> {
     pub major: PgMajor,
     /// The fixed part.
     pub header: RecordHeader,
-    bytes: &'a [u8],
-    blocks: &'a [BlockRef],
+    pub(super) bytes: &'a [u8],
+    pub(super) blocks: &'a [BlockRef],
     parsed: Parsed,
 }
 
@@ -310,48 +308,6 @@ impl<'a> Record<'a> {
     /// The block of that number, where there is one.
     pub fn block(&self, id: u8) -> Option<Block<'a>> {
         self.blocks.iter().find(|block| block.id == id).map(|block| block.view(self.bytes))
-    }
-
-    /// The record as redo of one of its blocks needs it, or of none: without the other blocks' images, and with a CRC of
-    /// its own. A replication origin and a toplevel transaction are left out with them.
-    pub fn for_block(&self, id: Option<u8>) -> Cow<'a, [u8]> {
-        if self.blocks.iter().all(|block| block.image.is_none() || Some(block.id) == id) {
-            return Cow::Borrowed(self.bytes);
-        }
-        let is_kept = |block: &BlockRef| Some(block.id) == id;
-        let mut w = Writer::new();
-        w.bytes(self.bytes.get(..RECORD_HEADER_BYTES).unwrap_or_default());
-        for block in self.blocks {
-            let image = block.image.filter(|_| is_kept(block));
-            let flags = block.flags & !(SAME_REL | HAS_IMAGE);
-            let data_bytes = u16::try_from(block.data.bytes).unwrap_or(u16::MAX);
-            w.u8(block.id).u8(if image.is_some() { flags | HAS_IMAGE } else { flags }).u16(data_bytes);
-            if let Some((header, _)) = image {
-                header.encode(&mut w);
-            }
-            let RelFileLocator { spc_oid, db_oid, rel_number } = block.relation;
-            w.u32(spc_oid).u32(db_oid).u32(rel_number).u32(block.block);
-        }
-        if self.parsed.main.bytes > 0 {
-            w.u8(BLOCK_ID_DATA_LONG).u32(self.parsed.main.bytes);
-        }
-        for block in self.blocks {
-            if let Some((_, span)) = block.image.filter(|_| is_kept(block)) {
-                w.bytes(span.of(self.bytes));
-            }
-            w.bytes(block.data.of(self.bytes));
-        }
-        w.bytes(self.main_data());
-        let mut bytes = w.into_bytes();
-        let total = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        if let Some(field) = bytes.first_chunk_mut::<4>() {
-            *field = total.to_le_bytes();
-        }
-        let crc = crc_of(&bytes);
-        if let Some(field) = bytes.get_mut(CRC_OFFSET..RECORD_HEADER_BYTES) {
-            field.copy_from_slice(&crc.to_le_bytes());
-        }
-        Cow::Owned(bytes)
     }
 
     /// Bytes of full-page images. The rest is what pg_waldump calls the record's length.

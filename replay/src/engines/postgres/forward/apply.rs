@@ -1,6 +1,5 @@
 //! What is kept of the log, written into the files: range after range, each page once.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
@@ -213,20 +212,30 @@ impl Range<'_> {
         let at = |block: BlockNumber| {
             u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
         };
-        let mut pages: BTreeMap<BlockNumber, Changing> = BTreeMap::new();
+        // A place for each block, as far as the last that is changed.
+        let mut pages: Vec<Option<Changing>> = Vec::new();
         let mut blocks = Vec::new();
         let mut read = 0u64;
         chain.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
-            let major = self.files.control.major;
-            let record = Record::decode(entry.record, entry.start, entry.end, major, &mut blocks);
+            let (of, major) = (entry.of(self.relation), self.files.control.major);
+            let record = Record::unpack(entry.packed, of, major, &mut blocks);
             let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
             let anew = match entry.how {
                 How::Block(id) => record.block(id).is_some_and(|b| b.makes_page_anew()),
                 _ => false,
             };
-            let changing = match pages.entry(entry.block) {
-                std::collections::btree_map::Entry::Occupied(found) => found.into_mut(),
-                std::collections::btree_map::Entry::Vacant(place) => {
+            let number = entry.block.wrapping_sub(first);
+            if number >= PART_BLOCKS {
+                return Err(ForwardError::Kept { at: entry.start });
+            }
+            let number = number as usize;
+            if pages.len() <= number {
+                pages.resize_with(number.saturating_add(1), || None);
+            }
+            let Some(place) = pages.get_mut(number) else { return Ok(()) };
+            let changing = match place {
+                Some(changing) => changing,
+                None => {
                     let page = if anew {
                         Page::default()
                     } else {
@@ -238,7 +247,8 @@ impl Range<'_> {
             };
             self.change(&entry, &record, anew, changing)
         })?;
-        let written = self.write(&file, &path, &mut pages, at)?;
+        let changed = (first..).zip(&pages).filter_map(|(block, page)| Some((block, page.as_ref()?)));
+        let written = self.write(&file, &path, changed.filter(|(_, changing)| changing.changed), at)?;
         Ok(Written { pages: written, read })
     }
 
@@ -277,11 +287,11 @@ impl Range<'_> {
     }
 
     /// Writes what was changed, neighbours together; how many pages.
-    fn write(
+    fn write<'c>(
         &self,
         file: &File,
         path: &Path,
-        pages: &mut BTreeMap<BlockNumber, Changing>,
+        pages: impl Iterator<Item = (BlockNumber, &'c Changing)>,
         at: impl Fn(BlockNumber) -> u64,
     ) -> Result<u64, ForwardError> {
         let mut buffer: Vec<u8> = Vec::new();
@@ -291,17 +301,19 @@ impl Range<'_> {
             buffer.clear();
             done
         };
-        for (block, changing) in pages.iter_mut().filter(|(_, changing)| changing.changed) {
-            let place = at(*block);
+        for (block, Changing { page, .. }) in pages {
+            let place = at(block);
             if place != ends || buffer.len() >= WRITE_PAGES * BLOCK_BYTES {
                 put(&mut buffer, begins)?;
                 begins = place;
             }
-            let mut bytes = *changing.page.bytes();
-            if self.files.control.has_data_checksums() && !changing.page.is_new() {
-                data_page::set_checksum(&mut bytes, *block);
+            buffer.extend_from_slice(page.bytes());
+            if self.files.control.has_data_checksums()
+                && !page.is_new()
+                && let Some(bytes) = buffer.last_chunk_mut()
+            {
+                data_page::set_checksum(bytes, block);
             }
-            buffer.extend_from_slice(&bytes);
             ends = place.saturating_add(BLOCK_BYTES as u64);
             count = count.saturating_add(1);
         }

@@ -5,14 +5,19 @@ use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
     SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, copy_record, implicit_vm_blocks,
 };
-use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator};
+use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator, Writer, Xid};
 
 use super::super::redo;
 use super::newer::Newer;
 use super::pool::{Pool, Pooled};
 
-/// A record with more data than this besides its pages is not copied for each of them.
+/// No record that changes pages has more data than this besides theirs: what they do to their pages fits a page or two. It
+/// is kept for each of its pages.
 const MAIN_DATA_MAX: usize = 64 << 10;
+/// A record without images that is not longer is packed as it is met: to look at it twice takes longer.
+const SHORT_BYTES: usize = 512;
+/// Of what is kept for no page.
+pub(super) const NO_RELATION: RelFileLocator = RelFileLocator { spc_oid: 0, db_oid: 0, rel_number: 0 };
 
 /// A page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,22 +67,47 @@ pub(super) struct DatabaseCopy {
     pub(super) to: (Oid, Oid),
 }
 
-/// Where a record's bytes lie in the arena.
+impl Deed {
+    /// The block reference whose page it changes, and the page's relation.
+    const fn own(&self) -> (Option<u8>, RelFileLocator) {
+        match self {
+            Self::Page { tag, how: How::Block(id), .. } => (Some(*id), tag.relation),
+            Self::Page { tag, .. } => (None, tag.relation),
+            _ => (None, NO_RELATION),
+        }
+    }
+
+    /// Whether the record is needed when it is done.
+    const fn needs_record(&self) -> bool {
+        matches!(self, Self::Page { .. } | Self::State)
+    }
+}
+
+/// A record of which something matters.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Span {
+pub(super) struct Seen {
     pub(super) start: Lsn,
     pub(super) end: Lsn,
-    from: usize,
+    pub(super) xid: Xid,
     bytes: usize,
+}
+
+/// What a record does.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Noted {
+    pub(super) deed: Deed,
+    /// The record's place among those that were seen.
+    record: usize,
+    /// What is packed of it: from where on, and how many bytes; none yet where that is zero.
+    packed: (usize, usize),
 }
 
 /// What a segment's records do, in their order.
 #[derive(Debug, Default)]
 pub(super) struct Decoded {
-    arena: Vec<u8>,
-    records: Vec<Span>,
-    /// Each with the record's place among the records.
-    pub(super) deeds: Vec<(usize, Deed)>,
+    seen: Vec<Seen>,
+    pub(super) deeds: Vec<Noted>,
+    packed: Writer,
     /// Changes of settings.
     pub(super) settings: Vec<(Lsn, ParameterChange)>,
     /// A record that begins here and ends behind the next segment.
@@ -88,39 +118,8 @@ pub(super) struct Decoded {
     pub(super) stretch: usize,
 }
 
-/// A record that was seen, and whose bytes are not copied yet.
-#[derive(Debug, Clone, Copy)]
-struct Seen {
-    start: Lsn,
-    end: Lsn,
-    bytes: usize,
-}
-
-/// What a record that was seen does.
-#[derive(Debug, Clone, Copy)]
-struct Noted {
-    /// The record's place among those that were seen.
-    record: usize,
-    deed: Deed,
-    /// Of the record, other pages' images are left out; those would be most of what is kept.
-    is_cut: bool,
-}
-
-/// What a segment's records do, before it is known which of it matters.
-#[derive(Debug, Default)]
-pub(super) struct Draft {
-    seen: Vec<Seen>,
-    notes: Vec<Noted>,
-    settings: Vec<(Lsn, ParameterChange)>,
-    count: u64,
-}
-
 /// Where what segments were taken apart with waits for the next.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Pools {
-    drafts: Pool<Draft>,
-    decoded: Pool<Decoded>,
-}
+pub(super) type Pools = Pool<Decoded>;
 
 /// Why a segment was not taken apart.
 #[derive(Debug)]
@@ -169,84 +168,66 @@ pub(super) fn decode_segment(
         None => stream,
     };
     let major = stream.major();
-    let mut draft = pools.drafts.take();
-    draft.clear();
-    let mut unfinished = None;
+    let mut decoded = pools.take();
+    decoded.clear();
     loop {
         match stream.next_record().map_err(DecodeError::Damage)? {
             Next::Record(record) if record.start >= wanted.until => break,
             Next::Record(record) if record.start < wanted.from => {}
-            Next::Record(record) => draft.add(&record).map_err(DecodeError::Unknown)?,
+            Next::Record(record) => decoded.add(&record).map_err(DecodeError::Unknown)?,
             Next::NeedMore(pending) => {
-                unfinished = Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
+                decoded.unfinished =
+                    Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
                 break;
             }
             Next::End(_) => break,
         }
     }
-    let stretch = draft.leave_out(newer);
-    let mut decoded = pools.decoded.take();
-    let copied = draft.copy(major, &mut decoded, |seen, bytes| {
+    decoded.leave_out(newer);
+    let packed = decoded.pack(major, |seen, bytes| {
         let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
         copy_record(wal, next, at, seen.bytes, bytes)
     });
-    copied.map_err(DecodeError::Damage)?;
-    (decoded.unfinished, decoded.stretch) = (unfinished, stretch);
+    packed.map_err(DecodeError::Damage)?;
     Ok(decoded)
 }
 
 /// Takes one record apart that was put together elsewhere.
 pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
-    let (mut draft, mut decoded) = (Draft::default(), Decoded::default());
-    draft.add(record).map_err(DecodeError::Unknown)?;
-    let copied = draft.copy(record.major, &mut decoded, |_, bytes| {
+    let mut decoded = Decoded::default();
+    decoded.add(record).map_err(DecodeError::Unknown)?;
+    let packed = decoded.pack(record.major, |_, bytes| {
         bytes.extend_from_slice(record.bytes());
         Some(())
     });
-    copied.map_err(DecodeError::Damage)?;
+    packed.map_err(DecodeError::Damage)?;
     Ok(decoded)
 }
 
 impl Decoded {
     /// Forgets everything, and keeps the memory.
     fn clear(&mut self) {
-        let Self { arena, records, deeds, settings, unfinished, count, stretch } = self;
-        arena.clear();
-        records.clear();
+        let Self { seen, deeds, packed, settings, unfinished, count, stretch } = self;
+        seen.clear();
         deeds.clear();
+        packed.clear();
         settings.clear();
         (*unfinished, *count, *stretch) = (None, 0, 0);
     }
 
-    /// A record's bytes and place.
-    pub(super) fn record(&self, number: usize) -> Option<(Span, &[u8])> {
-        let span = *self.records.get(number)?;
-        Some((span, self.arena.get(span.from..span.from.saturating_add(span.bytes))?))
-    }
-
-    fn keep(&mut self, seen: Seen, bytes: &[u8]) {
-        let from = self.arena.len();
-        self.arena.extend_from_slice(bytes);
-        self.records.push(Span { start: seen.start, end: seen.end, from, bytes: bytes.len() });
-    }
-}
-
-impl Draft {
-    /// Forgets everything, and keeps the memory.
-    fn clear(&mut self) {
-        let Self { seen, notes, settings, count } = self;
-        seen.clear();
-        notes.clear();
-        settings.clear();
-        *count = 0;
+    /// The record of something that was noted, and what is packed of it.
+    pub(super) fn record(&self, noted: &Noted) -> Option<(Seen, &[u8])> {
+        let (from, bytes) = noted.packed;
+        let packed = self.packed.as_bytes().get(from..from.saturating_add(bytes))?;
+        Some((*self.seen.get(noted.record)?, packed))
     }
 
     fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
-        let before = self.notes.len();
+        let before = self.deeds.len();
         if record.blocks().len() > 0 {
-            if !redo::vouches_for(record) {
+            if !redo::vouches_for(record) || record.main_data().len() > MAIN_DATA_MAX {
                 return Err(unknown);
             }
             self.add_pages(record);
@@ -268,32 +249,30 @@ impl Draft {
                 self.note(Deed::State);
             }
         }
-        if self.notes.len() > before {
-            self.seen.push(Seen { start: record.start, end: record.end, bytes: record.bytes().len() });
+        let noted = self.deeds.get_mut(before..).unwrap_or_default();
+        if !noted.is_empty() {
+            let (bytes, xid) = (record.bytes().len(), record.header.xid);
+            self.seen.push(Seen { start: record.start, end: record.end, xid, bytes });
+            if bytes <= SHORT_BYTES && record.image_bytes() == 0 {
+                noted.iter_mut().for_each(|noted| noted.pack(record, &mut self.packed));
+            }
         }
         Ok(())
     }
 
     /// Of the record that is about to be seen.
     fn note(&mut self, deed: Deed) {
-        self.notes.push(Noted { record: self.seen.len(), deed, is_cut: false });
+        self.deeds.push(Noted { record: self.seen.len(), deed, packed: (0, 0) });
     }
 
     fn add_pages(&mut self, record: &Record<'_>) {
-        let images = record.blocks().filter(|block| block.image.is_some()).count();
-        let may_cut = images > 0 && record.main_data().len() <= MAIN_DATA_MAX;
-        let number = self.seen.len();
-        let mut note = |tag, how, anew, own_images: usize| {
-            let is_cut = may_cut && images > own_images;
-            self.notes.push(Noted { record: number, deed: Deed::Page { tag, how, anew }, is_cut });
-        };
         for block in record.blocks() {
             let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
-            note(tag, How::Block(block.id), block.makes_page_anew(), block.image.iter().count());
+            self.note(Deed::Page { tag, how: How::Block(block.id), anew: block.makes_page_anew() });
         }
         for (relation, block) in implicit_vm_blocks(record) {
             let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-            note(tag, How::ClearVisibility, false, 0);
+            self.note(Deed::Page { tag, how: How::ClearVisibility, anew: false });
         }
     }
 
@@ -327,13 +306,12 @@ impl Draft {
     }
 
     /// Of a page that is made anew, nothing that was done to it before matters, but to a copy that was made in between.
-    /// Which stretch of the log the `newer` one stood in.
-    fn leave_out(&mut self, newer: &Newer) -> usize {
+    fn leave_out(&mut self, newer: &Newer) {
         let newer = newer.read();
         let mut made_anew: foldhash::HashSet<PageTag> = foldhash::HashSet::default();
         let mut is_newest = true;
-        let mut matters = vec![true; self.notes.len()];
-        for (noted, matters) in self.notes.iter().zip(&mut matters).rev() {
+        let mut matters = vec![true; self.deeds.len()];
+        for (noted, matters) in self.deeds.iter().zip(&mut matters).rev() {
             match &noted.deed {
                 Deed::Copy(_) => {
                     made_anew.clear();
@@ -350,50 +328,42 @@ impl Draft {
             }
         }
         let mut matters = matters.into_iter();
-        self.notes.retain(|_| matters.next().unwrap_or(true));
-        newer.stretch()
+        self.deeds.retain(|_| matters.next().unwrap_or(true));
+        self.stretch = newer.stretch();
     }
 
-    /// Copies the records of which something is left in place of what `decoded` holds; `read` puts a record's bytes behind
-    /// what it is given.
-    fn copy(
-        &self,
+    /// Packs what is left and was not packed at once; `read` puts a record's bytes behind what it is given.
+    fn pack(
+        &mut self,
         major: PgMajor,
-        decoded: &mut Decoded,
         mut read: impl FnMut(Seen, &mut Vec<u8>) -> Option<()>,
     ) -> Result<(), Damage> {
-        decoded.clear();
-        decoded.settings.extend_from_slice(&self.settings);
-        decoded.count = self.count;
-        let (mut bytes, mut blocks) = (Vec::new(), Vec::new());
-        // The record whose bytes are at hand, and whether it was kept whole.
-        let mut at_hand: Option<(usize, bool)> = None;
-        for Noted { record: number, deed, is_cut } in self.notes.iter().copied() {
-            let Some(record) = self.seen.get(number).copied() else { continue };
-            let changed = |corrupt| Damage { lsn: record.start, record: Some(record.start), corrupt };
-            let mut is_kept = at_hand.is_some_and(|(n, is_kept)| n == number && is_kept);
-            if at_hand.is_none_or(|(n, _)| n != number) {
+        let Self { seen, deeds, packed, .. } = self;
+        let (mut bytes, mut blocks, mut at_hand) = (Vec::new(), Vec::new(), None);
+        let is_left = |noted: &&mut Noted| noted.packed.1 == 0 && noted.deed.needs_record();
+        for noted in deeds.iter_mut().filter(is_left) {
+            let Some(seen) = seen.get(noted.record).copied() else { continue };
+            let changed = |corrupt| Damage { lsn: seen.start, record: Some(seen.start), corrupt };
+            if at_hand != Some(noted.record) {
                 bytes.clear();
-                read(record, &mut bytes)
-                    .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, record.bytes as u64)))?;
+                read(seen, &mut bytes)
+                    .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, seen.bytes as u64)))?;
+                at_hand = Some(noted.record);
             }
-            if is_cut {
-                let id = match deed {
-                    Deed::Page { how: How::Block(id), .. } => Some(id),
-                    _ => None,
-                };
-                let whole = Record::decode(&bytes, record.start, record.end, major, &mut blocks);
-                decoded.keep(record, &whole.map_err(changed)?.for_block(id));
-                // What follows of this record refers to its last copy.
-                is_kept = false;
-            } else if !is_kept {
-                decoded.keep(record, &bytes);
-                is_kept = true;
-            }
-            at_hand = Some((number, is_kept));
-            decoded.deeds.push((decoded.records.len().saturating_sub(1), deed));
+            let record = Record::decode(&bytes, seen.start, seen.end, major, &mut blocks);
+            noted.pack(&record.map_err(changed)?, packed);
         }
         Ok(())
+    }
+}
+
+impl Noted {
+    fn pack(&mut self, record: &Record<'_>, packed: &mut Writer) {
+        if self.deed.needs_record() {
+            let (from, (own, relation)) = (packed.len(), self.deed.own());
+            record.pack(own, relation, packed);
+            self.packed = (from, packed.len().saturating_sub(from));
+        }
     }
 }
 

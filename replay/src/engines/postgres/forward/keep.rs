@@ -6,10 +6,10 @@ use std::io;
 
 use foldhash::HashMap;
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
-use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
+use waltide_format::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
 
 use super::super::selection::Selection;
-use super::decode::{DatabaseCopy, Decoded, Deed, How, PageTag};
+use super::decode::{DatabaseCopy, Decoded, Deed, How, Noted, PageTag, Seen};
 use super::newer::{MadeAnew, Newer};
 use super::spill::{CHUNK_BYTES, Chain, Entry, Idle, Spill};
 
@@ -88,11 +88,102 @@ impl Kept {
         parts.fold(0, |sum, chain| sum.saturating_add(chain.bytes()))
     }
 
+    /// Takes note of what a record does; where it is kept, if it is needed.
+    fn chain(
+        &mut self,
+        deed: &Deed,
+        selection: Option<&Selection>,
+        known: &mut Known<'_>,
+    ) -> Option<&mut Chain> {
+        match deed {
+            Deed::Page { tag, how, anew } => return self.page_chain(*tag, *how, *anew, selection, known),
+            Deed::State => return Some(&mut self.state),
+            Deed::Create { relation, fork } if !known.has_lost(*relation) => {
+                let relation = self.relations.entry(*relation).or_default();
+                relation.fork_mut(*fork).exists.get_or_insert(true);
+            }
+            Deed::Cut { relation, blocks, flags } if !known.has_lost(*relation) => {
+                self.cut(*relation, *blocks, *flags);
+            }
+            Deed::Drop(relation) if !known.has_lost(*relation) => self.drop(*relation),
+            Deed::DropDatabase { spc_oid, db_oid } => known.gone.push((*spc_oid, *db_oid)),
+            Deed::Create { .. } | Deed::Cut { .. } | Deed::Drop(_) | Deed::Copy(_) => {}
+        }
+        None
+    }
+
+    fn page_chain(
+        &mut self,
+        tag: PageTag,
+        how: How,
+        anew: bool,
+        selection: Option<&Selection>,
+        known: &mut Known<'_>,
+    ) -> Option<&mut Chain> {
+        if known.has_lost(tag.relation) {
+            return None;
+        }
+        let fork = self.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
+        // Clearing the map of blocks that are cut makes nothing that was not there.
+        if !matches!(how, How::CutVisibility(_)) {
+            fork.exists.get_or_insert(true);
+            fork.grow(tag.block.saturating_add(1));
+        }
+        let wanted = selection.is_none_or(|selection| selection.wants(tag.relation));
+        if !wanted || fork.cuts(tag.block) || known.newer.contains(tag) {
+            return None;
+        }
+        if anew {
+            known.pages.push(tag);
+        }
+        self.changes = self.changes.saturating_add(1);
+        Some(fork.parts.entry(tag.block / PART_BLOCKS).or_default())
+    }
+
+    fn cut(&mut self, relation: RelFileLocator, blocks: BlockNumber, flags: u32) {
+        let relation = self.relations.entry(relation).or_default();
+        if flags & SmgrRecord::TRUNCATE_HEAP != 0 {
+            relation.fork_mut(ForkNumber::Main).cut(blocks);
+        }
+        if flags & SmgrRecord::TRUNCATE_VM != 0 {
+            relation.fork_mut(ForkNumber::Vm).cut(blocks.div_ceil(VM_HEAP_BLOCKS_PER_PAGE));
+        }
+        if flags & SmgrRecord::TRUNCATE_FSM != 0 {
+            // A map without entries is legal; one that speaks of blocks that are gone was not always.
+            relation.fork_mut(ForkNumber::Fsm).cut(0);
+        }
+    }
+
+    fn drop(&mut self, relation: RelFileLocator) {
+        let relation = self.relations.entry(relation).or_default();
+        for fork in FORKS {
+            let fork = relation.fork_mut(fork);
+            fork.exists.get_or_insert(false);
+            fork.cut(0);
+        }
+    }
+
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(&self, tag: PageTag) -> bool {
         let found = self.relations.get(&tag.relation);
         let fork = found.and_then(|r| r.forks().find(|(number, _)| *number == tag.fork));
         fork.is_some_and(|(_, fork)| fork.cuts(tag.block)) || self.made_anew.contains(tag)
+    }
+}
+
+/// What is known of the newer log while deeds are added.
+struct Known<'a> {
+    /// Of what was added before.
+    newer: &'a MadeAnew,
+    /// Pages that these deeds make anew, and databases that they remove.
+    pages: Vec<PageTag>,
+    gone: Vec<(Oid, Oid)>,
+}
+
+impl Known<'_> {
+    /// Whether the relation's database is removed later.
+    fn has_lost(&self, relation: RelFileLocator) -> bool {
+        self.newer.has_lost(relation) || self.gone.contains(&(relation.spc_oid, relation.db_oid))
     }
 }
 
@@ -152,11 +243,13 @@ impl Keeper {
         self.settings.extend(decoded.settings.iter().rev());
         let mut deeds = decoded.deeds.as_slice();
         loop {
-            let copy = deeds.iter().rposition(|(_, deed)| matches!(deed, Deed::Copy(_)));
+            let copy = deeds.iter().rposition(|noted| matches!(noted.deed, Deed::Copy(_)));
             let (before, after) =
                 deeds.split_at_checked(copy.map_or(0, |at| at.saturating_add(1))).unwrap_or((&[], deeds));
             self.add_stretch(decoded, after)?;
-            let Some(((_, Deed::Copy(copy)), rest)) = before.split_last() else { return Ok(()) };
+            let Some((Noted { deed: Deed::Copy(copy), .. }, rest)) = before.split_last() else {
+                return Ok(());
+            };
             self.kept.begins_with = Some(*copy);
             self.complete_stretch();
             deeds = rest;
@@ -168,35 +261,31 @@ impl Keeper {
         self.complete.push(std::mem::take(&mut self.kept));
     }
 
-    /// Adds deeds of one stretch.
-    fn add_stretch(&mut self, decoded: &Decoded, deeds: &[(usize, Deed)]) -> io::Result<()> {
-        // Others read what is made anew: it is not held while bytes are copied.
-        let mut keeps = Vec::new();
-        let newer = self.newer.clone();
-        let mut newer = newer.write();
-        for kept @ (_, deed) in deeds.iter().rev() {
-            if self.matters(deed, newer.made_anew_mut()) {
-                keeps.push(kept);
-            }
-        }
-        drop(newer);
-        for (number, deed) in keeps {
-            let Some((span, record)) = decoded.record(*number) else { continue };
-            let entry = |how, block| Entry { start: span.start, end: span.end, how, block, record };
-            let more = match deed {
-                Deed::Page { tag, how, .. } => {
-                    self.kept.changes = self.kept.changes.saturating_add(1);
-                    let fork = self.kept.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
-                    let chain = fork.parts.entry(tag.block / PART_BLOCKS).or_default();
-                    chain.push(&entry(*how, tag.block), &mut self.idle)
-                }
-                _ => self.kept.state.push(&entry(How::Block(0), 0), &mut self.idle),
+    /// Adds deeds of one stretch. A segment was taken apart so that none of them is about a page that a later one of the
+    /// same segment makes anew: so what they make anew is told to others when all are added, who read until then.
+    fn add_stretch(&mut self, decoded: &Decoded, deeds: &[Noted]) -> io::Result<()> {
+        let shared = self.newer.clone();
+        let newer = shared.read();
+        let mut known = Known { newer: newer.made_anew(), pages: Vec::new(), gone: Vec::new() };
+        for noted in deeds.iter().rev() {
+            let Self { kept, selection, idle, .. } = &mut *self;
+            let (how, block) = match &noted.deed {
+                Deed::Page { tag, how, .. } => (*how, tag.block),
+                _ => (How::Block(0), 0),
             };
+            let Some(chain) = kept.chain(&noted.deed, selection.as_ref(), &mut known) else { continue };
+            let Some((Seen { start, end, xid, .. }, packed)) = decoded.record(noted) else { continue };
+            let more = chain.push(&Entry { start, end, xid, how, block, packed }, idle);
             self.buffered = self.buffered.saturating_add(more);
             if self.buffered > self.memory {
                 self.make_room()?;
             }
         }
+        let Known { pages, gone, .. } = known;
+        drop(newer);
+        let mut newer = shared.write();
+        pages.into_iter().for_each(|tag| newer.made_anew_mut().insert(tag));
+        gone.into_iter().for_each(|(spc_oid, db_oid)| newer.made_anew_mut().lose_database(spc_oid, db_oid));
         Ok(())
     }
 
@@ -205,68 +294,6 @@ impl Keeper {
         self.complete.reverse();
         self.settings.reverse();
         Log { spill: self.spill, stretches: self.complete, settings: self.settings, records: self.records }
-    }
-
-    /// Takes note of what a record does; whether its bytes are needed.
-    fn matters(&mut self, deed: &Deed, made_anew: &mut MadeAnew) -> bool {
-        match deed {
-            Deed::Page { tag, how, anew } => return self.page_matters(*tag, *how, *anew, made_anew),
-            Deed::State => return true,
-            Deed::Create { relation, fork } if !made_anew.has_lost(*relation) => {
-                let relation = self.kept.relations.entry(*relation).or_default();
-                relation.fork_mut(*fork).exists.get_or_insert(true);
-            }
-            Deed::Cut { relation, blocks, flags } if !made_anew.has_lost(*relation) => {
-                self.cut(*relation, *blocks, *flags);
-            }
-            Deed::Drop(relation) if !made_anew.has_lost(*relation) => self.drop(*relation),
-            Deed::DropDatabase { spc_oid, db_oid } => made_anew.lose_database(*spc_oid, *db_oid),
-            Deed::Create { .. } | Deed::Cut { .. } | Deed::Drop(_) | Deed::Copy(_) => {}
-        }
-        false
-    }
-
-    fn page_matters(&mut self, tag: PageTag, how: How, anew: bool, made_anew: &mut MadeAnew) -> bool {
-        if made_anew.has_lost(tag.relation) {
-            return false;
-        }
-        let fork = self.kept.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
-        // Clearing the map of blocks that are cut makes nothing that was not there.
-        if !matches!(how, How::CutVisibility(_)) {
-            fork.exists.get_or_insert(true);
-            fork.grow(tag.block.saturating_add(1));
-        }
-        let wanted = self.selection.as_ref().is_none_or(|selection| selection.wants(tag.relation));
-        if !wanted || fork.cuts(tag.block) || made_anew.contains(tag) {
-            return false;
-        }
-        if anew {
-            made_anew.insert(tag);
-        }
-        true
-    }
-
-    fn cut(&mut self, relation: RelFileLocator, blocks: BlockNumber, flags: u32) {
-        let relation = self.kept.relations.entry(relation).or_default();
-        if flags & SmgrRecord::TRUNCATE_HEAP != 0 {
-            relation.fork_mut(ForkNumber::Main).cut(blocks);
-        }
-        if flags & SmgrRecord::TRUNCATE_VM != 0 {
-            relation.fork_mut(ForkNumber::Vm).cut(blocks.div_ceil(VM_HEAP_BLOCKS_PER_PAGE));
-        }
-        if flags & SmgrRecord::TRUNCATE_FSM != 0 {
-            // A map without entries is legal; one that speaks of blocks that are gone was not always.
-            relation.fork_mut(ForkNumber::Fsm).cut(0);
-        }
-    }
-
-    fn drop(&mut self, relation: RelFileLocator) {
-        let relation = self.kept.relations.entry(relation).or_default();
-        for fork in FORKS {
-            let fork = relation.fork_mut(fork);
-            fork.exists.get_or_insert(false);
-            fork.cut(0);
-        }
     }
 
     /// Moves buffers to the file, the long ones first, until a quarter of the memory is free.

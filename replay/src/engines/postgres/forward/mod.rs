@@ -25,6 +25,7 @@ use waltide_storage::Progress;
 
 use super::indexes::SearchError;
 use super::redo::{self, RedoError, State, StateError};
+use decode::NO_RELATION;
 use keep::Log;
 
 pub use decode::Unknown;
@@ -217,7 +218,7 @@ impl Ready {
             }
             let mut blocks = Vec::new();
             kept.state.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
-                let record = Record::decode(entry.record, entry.start, entry.end, control.major, &mut blocks);
+                let record = Record::unpack(entry.packed, entry.of(NO_RELATION), control.major, &mut blocks);
                 let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
                 let effects = redo::effects(&record).map_err(|_| ForwardError::Kept { at: entry.start })?;
                 for effect in &effects {

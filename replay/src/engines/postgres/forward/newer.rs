@@ -75,6 +75,10 @@ impl Stretch {
         self.number
     }
 
+    pub(super) const fn made_anew(&self) -> &MadeAnew {
+        &self.made_anew
+    }
+
     pub(super) const fn made_anew_mut(&mut self) -> &mut MadeAnew {
         &mut self.made_anew
     }

@@ -6,7 +6,8 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use waltide_format::{BlockNumber, Lsn};
+use waltide_format::engines::postgres::wal::{PackedFor, vm_block_of};
+use waltide_format::{BlockNumber, Lsn, RelFileLocator, Xid};
 
 use super::decode::How;
 
@@ -16,8 +17,9 @@ pub(super) const CHUNK_BYTES: usize = 128 << 10;
 const FIRST_BYTES: usize = 512;
 /// So many pieces of memory wait for their next use.
 const IDLE_MAX: usize = 64;
-/// `start`, `end`, how, argument.
-const HEAD_BYTES: usize = 8 + 8 + 1 + 4;
+/// What says that an entry is no block reference's.
+const CLEAR_VISIBILITY: u8 = u8::MAX;
+const CUT_VISIBILITY: u8 = u8::MAX - 1;
 
 /// A file that has no name: it is gone with the process.
 #[derive(Debug)]
@@ -41,23 +43,44 @@ impl Spill {
         self.written.load(Ordering::Relaxed)
     }
 
-    fn put(&self, bytes: &[u8]) -> io::Result<Chunk> {
+    fn put(&self, piece: &Piece) -> io::Result<Chunk> {
+        let Piece { bytes, last } = piece;
         let at = self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.file.write_all_at(bytes, at)?;
-        Ok(Chunk { at, bytes: bytes.len() })
+        Ok(Chunk { at, bytes: bytes.len(), crc: crc32fast::hash(bytes), last: *last })
     }
 
-    fn get(&self, chunk: Chunk) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; chunk.bytes];
-        self.file.read_exact_at(&mut bytes, chunk.at)?;
-        Ok(bytes)
+    fn get(&self, chunk: &Chunk, bytes: &mut Vec<u8>) -> io::Result<()> {
+        bytes.resize(chunk.bytes, 0);
+        self.file.read_exact_at(bytes, chunk.at)?;
+        if crc32fast::hash(bytes) == chunk.crc { Ok(()) } else { Err(broken()) }
     }
 }
 
+/// What of an entry is told by how it differs from the next newer one.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    start: u64,
+    xid: u32,
+    /// Of the heap, where a part of a visibility map is cut.
+    block: BlockNumber,
+}
+
+/// Entries in memory.
+#[derive(Debug, Default)]
+struct Piece {
+    bytes: Vec<u8>,
+    /// The oldest entry: from it on the others are told.
+    last: Mark,
+}
+
+/// Entries in the file.
 #[derive(Debug, Clone, Copy)]
 struct Chunk {
     at: u64,
     bytes: usize,
+    crc: u32,
+    last: Mark,
 }
 
 /// Entries, added newest first and read oldest first.
@@ -66,7 +89,7 @@ pub(super) struct Chain {
     /// The newest entries in the file, in their order.
     chunks: Vec<Chunk>,
     /// What came after them.
-    buffers: Vec<Vec<u8>>,
+    pieces: Vec<Piece>,
 }
 
 /// Memory that chains hand on to each other.
@@ -78,51 +101,40 @@ pub(super) struct Idle(Vec<Vec<u8>>);
 pub(super) struct Entry<'a> {
     pub(super) start: Lsn,
     pub(super) end: Lsn,
+    pub(super) xid: Xid,
     pub(super) how: How,
     /// The block; zero for what is no page.
     pub(super) block: BlockNumber,
-    pub(super) record: &'a [u8],
+    /// What is packed of the record for that.
+    pub(super) packed: &'a [u8],
 }
 
 impl Chain {
     /// Bytes of memory.
     pub(super) fn buffered(&self) -> usize {
-        self.buffers.iter().map(Vec::capacity).fold(0, usize::saturating_add)
+        self.pieces.iter().map(|piece| piece.bytes.capacity()).fold(0, usize::saturating_add)
     }
 
     /// Bytes of all entries.
     pub(super) fn bytes(&self) -> u64 {
         let chunks = self.chunks.iter().map(|chunk| chunk.bytes as u64);
-        let buffers = self.buffers.iter().map(|buffer| buffer.len() as u64);
-        chunks.chain(buffers).fold(0, u64::saturating_add)
+        let pieces = self.pieces.iter().map(|piece| piece.bytes.len() as u64);
+        chunks.chain(pieces).fold(0, u64::saturating_add)
     }
 
     /// Adds an entry; how many bytes of memory that took.
     pub(super) fn push(&mut self, entry: &Entry<'_>, idle: &mut Idle) -> usize {
-        let (how, argument) = match entry.how {
-            How::Block(id) => (id, entry.block),
-            How::ClearVisibility => (u8::MAX, entry.block),
-            // The page follows from the heap's block.
-            How::CutVisibility(heap) => (u8::MAX - 1, heap),
-        };
-        let needed = HEAD_BYTES.saturating_add(entry.record.len()).saturating_add(4);
-        let more = self.make_room(needed, idle);
-        let Some(buffer) = self.buffers.last_mut() else { return more };
-        buffer.extend_from_slice(&entry.start.get().to_le_bytes());
-        buffer.extend_from_slice(&entry.end.get().to_le_bytes());
-        buffer.push(how);
-        buffer.extend_from_slice(&argument.to_le_bytes());
-        buffer.extend_from_slice(entry.record);
-        // Read from behind, so the length comes last.
-        let bytes = u32::try_from(entry.record.len()).unwrap_or(u32::MAX);
-        buffer.extend_from_slice(&bytes.to_le_bytes());
+        let more = self.make_room(entry.packed.len().saturating_add(Head::BYTES_MAX), idle);
+        if let Some(piece) = self.pieces.last_mut() {
+            entry.put(piece);
+        }
         more
     }
 
     /// Sees to it that so much fits behind what is buffered; how much memory that took.
     fn make_room(&mut self, needed: usize, idle: &mut Idle) -> usize {
-        let is_first = self.buffers.is_empty() && self.chunks.is_empty();
-        if let Some(last) = self.buffers.last_mut() {
+        let is_first = self.pieces.is_empty() && self.chunks.is_empty();
+        if let Some(Piece { bytes: last, .. }) = self.pieces.last_mut() {
             let (len, capacity) = (last.len(), last.capacity());
             let wanted = len.saturating_add(needed);
             if wanted <= capacity {
@@ -135,20 +147,20 @@ impl Chain {
         }
         let used = if is_first || needed > CHUNK_BYTES { None } else { idle.0.pop() };
         let fresh = needed.max(if is_first { FIRST_BYTES } else { CHUNK_BYTES });
-        let buffer = used.unwrap_or_else(|| Vec::with_capacity(fresh));
-        let more = buffer.capacity();
-        self.buffers.push(buffer);
+        let bytes = used.unwrap_or_else(|| Vec::with_capacity(fresh));
+        let more = bytes.capacity();
+        self.pieces.push(Piece { bytes, last: Mark::default() });
         more
     }
 
     /// Moves what is buffered to the file; how much memory that gives back.
     pub(super) fn flush(&mut self, spill: &Spill, idle: &mut Idle) -> io::Result<usize> {
         let freed = self.buffered();
-        for mut buffer in std::mem::take(&mut self.buffers) {
-            self.chunks.push(spill.put(&buffer)?);
-            if buffer.capacity() == CHUNK_BYTES && idle.0.len() < IDLE_MAX {
-                buffer.clear();
-                idle.0.push(buffer);
+        for mut piece in std::mem::take(&mut self.pieces) {
+            self.chunks.push(spill.put(&piece)?);
+            if piece.bytes.capacity() == CHUNK_BYTES && idle.0.len() < IDLE_MAX {
+                piece.bytes.clear();
+                idle.0.push(piece.bytes);
             }
         }
         Ok(freed)
@@ -160,29 +172,27 @@ impl Chain {
         spill: &Spill,
         mut each: impl FnMut(Entry<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        for buffer in self.buffers.iter().rev() {
-            backwards(buffer, &mut each)?;
+        for piece in self.pieces.iter().rev() {
+            backwards(&piece.bytes, piece.last, &mut each)?;
         }
+        let mut bytes = Vec::new();
         for chunk in self.chunks.iter().rev() {
-            backwards(&spill.get(*chunk)?, &mut each)?;
+            spill.get(chunk, &mut bytes)?;
+            backwards(&bytes, chunk.last, &mut each)?;
         }
         Ok(())
     }
 }
 
+/// Reads entries from behind, the oldest first: `last` is that one.
 fn backwards<E: From<io::Error>>(
-    mut bytes: &[u8],
+    bytes: &[u8],
+    last: Mark,
     each: &mut impl FnMut(Entry<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
-    while let Some((rest, length)) = bytes.split_last_chunk::<4>() {
-        let length = u32::from_le_bytes(*length) as usize;
-        let (before, entry) = length
-            .checked_add(HEAD_BYTES)
-            .and_then(|taken| rest.len().checked_sub(taken))
-            .and_then(|at| rest.split_at_checked(at))
-            .ok_or_else(broken)?;
-        each(Entry::read(entry).ok_or_else(broken)?)?;
-        bytes = before;
+    let (mut left, mut mark) = (Behind(bytes), last);
+    while !left.0.is_empty() {
+        each(left.entry(&mut mark).ok_or_else(broken)?)?;
     }
     Ok(())
 }
@@ -191,23 +201,122 @@ fn broken() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "what was set aside of the log does not read back")
 }
 
-impl<'a> Entry<'a> {
-    fn read(bytes: &'a [u8]) -> Option<Self> {
-        let (start, rest) = bytes.split_first_chunk::<8>()?;
-        let (end, rest) = rest.split_first_chunk::<8>()?;
-        let (how, rest) = rest.split_first()?;
-        let (argument, record) = rest.split_first_chunk::<4>()?;
-        let argument = u32::from_le_bytes(*argument);
-        let (how, block) = match *how {
-            u8::MAX => (How::ClearVisibility, argument),
-            254 => {
-                let block = waltide_format::engines::postgres::wal::vm_block_of(argument);
-                (How::CutVisibility(argument), block)
-            }
-            id => (How::Block(id), argument),
+/// A difference, of which the sign is the lowest bit.
+const fn zigzag(from: u32, to: u32) -> u64 {
+    let difference = to.wrapping_sub(from).cast_signed();
+    ((difference << 1) ^ (difference >> 31)).cast_unsigned() as u64
+}
+
+fn unzigzag(from: u32, coded: u64) -> Option<u32> {
+    let coded = u32::try_from(coded).ok()?;
+    Some(from.wrapping_add((coded >> 1) ^ (coded & 1).wrapping_neg()))
+}
+
+/// Records begin and end at multiples of eight: so that is left out where it is so.
+const LOW_BITS: u32 = 3;
+
+/// What stands behind an entry's packed record, read from behind: how, and varints.
+struct Head {
+    bytes: [u8; Self::BYTES_MAX],
+    used: usize,
+}
+
+impl Head {
+    const BYTES_MAX: usize = 1 + 10 + 10 + 5 + 5 + 10;
+
+    const fn new() -> Self {
+        Self { bytes: [0; Self::BYTES_MAX], used: 0 }
+    }
+
+    fn byte(&mut self, byte: u8) {
+        // From behind, as it is read.
+        self.used = self.used.saturating_add(1);
+        if let Some(place) = Self::BYTES_MAX.checked_sub(self.used).and_then(|at| self.bytes.get_mut(at)) {
+            *place = byte;
+        }
+    }
+
+    fn varint(&mut self, mut v: u64) {
+        while v >= 0x80 {
+            self.byte((v & 0x7F) as u8 | 0x80);
+            v >>= 7;
+        }
+        self.byte((v & 0x7F) as u8);
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(Self::BYTES_MAX.saturating_sub(self.used)..).unwrap_or_default()
+    }
+}
+
+impl Entry<'_> {
+    /// What is known of its record here.
+    pub(super) const fn of(&self, relation: RelFileLocator) -> PackedFor {
+        PackedFor { start: self.start, end: self.end, xid: self.xid, relation, block: self.block }
+    }
+
+    fn put(&self, piece: &mut Piece) {
+        let (how, block) = match self.how {
+            How::Block(id) => (id, self.block),
+            How::ClearVisibility => (CLEAR_VISIBILITY, self.block),
+            // The page follows from the heap's block.
+            How::CutVisibility(heap) => (CUT_VISIBILITY, heap),
         };
-        let (start, end) = (Lsn::from(u64::from_le_bytes(*start)), Lsn::from(u64::from_le_bytes(*end)));
-        Some(Self { start, end, how, block, record })
+        let mark = Mark { start: self.start.get(), xid: self.xid.get(), block };
+        let newer = std::mem::replace(&mut piece.last, mark);
+        let mut head = Head::new();
+        head.byte(how);
+        head.varint(self.packed.len() as u64);
+        head.varint(self.end.get().wrapping_sub(mark.start).rotate_right(LOW_BITS));
+        head.varint(newer.start.wrapping_sub(mark.start).rotate_right(LOW_BITS));
+        head.varint(zigzag(mark.xid, newer.xid));
+        head.varint(zigzag(mark.block, newer.block));
+        piece.bytes.extend_from_slice(self.packed);
+        piece.bytes.extend_from_slice(head.bytes());
+    }
+}
+
+/// Entries, taken from behind.
+struct Behind<'a>(&'a [u8]);
+
+impl<'a> Behind<'a> {
+    fn byte(&mut self) -> Option<u8> {
+        let (byte, rest) = self.0.split_last()?;
+        self.0 = rest;
+        Some(*byte)
+    }
+
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            value |= u64::from(byte & 0x7F) << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    /// The entry that ends here; of it `mark` says what is not told, and then of the next newer one.
+    fn entry(&mut self, mark: &mut Mark) -> Option<Entry<'a>> {
+        let how = self.byte()?;
+        let length = usize::try_from(self.varint()?).ok()?;
+        let end = mark.start.wrapping_add(self.varint()?.rotate_left(LOW_BITS));
+        let newer = Mark {
+            start: mark.start.wrapping_add(self.varint()?.rotate_left(LOW_BITS)),
+            xid: unzigzag(mark.xid, self.varint()?)?,
+            block: unzigzag(mark.block, self.varint()?)?,
+        };
+        let (rest, packed) = self.0.len().checked_sub(length).and_then(|at| self.0.split_at_checked(at))?;
+        self.0 = rest;
+        let Mark { start, xid, block } = std::mem::replace(mark, newer);
+        let (how, block) = match how {
+            CLEAR_VISIBILITY => (How::ClearVisibility, block),
+            CUT_VISIBILITY => (How::CutVisibility(block), vm_block_of(block)),
+            id => (How::Block(id), block),
+        };
+        Some(Entry { start: start.into(), end: end.into(), xid: xid.into(), how, block, packed })
     }
 }
 
@@ -224,7 +333,19 @@ mod tests {
         ]
     }
 
-    /// A record of any length: a buffer holds many, or less than one.
+    /// As in a log, and anywhere.
+    fn place() -> impl Strategy<Value = (u64, u64, u32)> {
+        prop_oneof![
+            any::<(u64, u64, u32)>(),
+            (0u64..1000, 1u64..100, 1000u32..1010).prop_map(|(at, length, xid)| (
+                at * 8,
+                (at + length) * 8,
+                xid
+            )),
+        ]
+    }
+
+    /// A packed record of any length: a buffer holds many, or less than one.
     fn record() -> impl Strategy<Value = Vec<u8>> {
         let length = prop_oneof![9 => 0usize..50, 3 => 1_000usize..20_000, 1 => 100_000usize..200_000];
         (any::<u8>(), length).prop_map(|(byte, length)| vec![byte; length])
@@ -233,7 +354,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_was_added_newest_first_comes_back_oldest_first(
-            entries in proptest::collection::vec((any::<u64>(), how(), any::<u32>(), record(), prop::bool::weighted(0.1)), 0..40)
+            entries in proptest::collection::vec((place(), how(), any::<u32>(), record(), prop::bool::weighted(0.1)), 0..40)
         ) {
             let dir = tempfile::tempdir().unwrap();
             let spill = Spill::new(dir.path()).unwrap();
@@ -241,22 +362,23 @@ mod tests {
             let (mut chain, mut idle) = (Chain::default(), Idle::default());
             let mut expected = Vec::new();
             let mut buffered = 0;
-            for (at, how, block, record, flush) in &entries {
+            for ((start, end, xid), how, block, packed, flush) in &entries {
                 let block = match how {
-                    How::CutVisibility(heap) => waltide_format::engines::postgres::wal::vm_block_of(*heap),
+                    How::CutVisibility(heap) => vm_block_of(*heap),
                     _ => *block,
                 };
-                let entry = Entry { start: (*at).into(), end: at.wrapping_add(8).into(), how: *how, block, record };
+                let (start, end) = ((*start).into(), (*end).into());
+                let entry = Entry { start, end, xid: (*xid).into(), how: *how, block, packed };
                 buffered += chain.push(&entry, &mut idle);
                 if *flush {
                     buffered -= chain.flush(&spill, &mut idle).unwrap();
                 }
                 prop_assert_eq!(chain.buffered(), buffered);
-                expected.insert(0, (entry.start, entry.end, *how, block, record.clone()));
+                expected.insert(0, (start, end, entry.xid, *how, block, packed.clone()));
             }
             let mut found = Vec::new();
             chain.oldest_first(&spill, |e| -> io::Result<()> {
-                found.push((e.start, e.end, e.how, e.block, e.record.to_vec()));
+                found.push((e.start, e.end, e.xid, e.how, e.block, e.packed.to_vec()));
                 Ok(())
             }).unwrap();
             prop_assert_eq!(found, expected);
@@ -264,7 +386,26 @@ mod tests {
 
         #[test]
         fn any_bytes_are_entries_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = backwards(&bytes, &mut |_| -> io::Result<()> { Ok(()) });
+            let (mut count, mut length) = (0, 0);
+            let read = backwards(&bytes, Mark::default(), &mut |e| -> io::Result<()> {
+                (count, length) = (count + 1, length + e.packed.len());
+                Ok(())
+            });
+            prop_assert!(length + count * 6 <= bytes.len());
+            prop_assert!(read.is_err() || bytes.len() <= length + count * Head::BYTES_MAX);
+        }
+
+        #[test]
+        fn what_reads_back_otherwise_is_refused(at in 0usize..5000, bit in 0u8..8) {
+            let dir = tempfile::tempdir().unwrap();
+            let spill = Spill::new(dir.path()).unwrap();
+            let (mut chain, mut idle) = (Chain::default(), Idle::default());
+            let entry = Entry { start: 8.into(), end: 16.into(), xid: 3.into(), how: How::Block(0), block: 1, packed: &[7; 5000] };
+            chain.push(&entry, &mut idle);
+            chain.flush(&spill, &mut idle).unwrap();
+            spill.file.write_all_at(&[7 ^ 1 << bit], at as u64).unwrap();
+            let read = chain.oldest_first(&spill, |_| -> io::Result<()> { Ok(()) });
+            prop_assert_eq!(read.unwrap_err().to_string(), "what was set aside of the log does not read back");
         }
     }
 }

@@ -198,7 +198,9 @@ impl TupleHeader {
 
     /// A row with that header and these bytes behind the fixed part of it.
     fn row(&self, xmin: u32, xmax: u32, ctid: [u8; 6], parts: &[&[u8]]) -> Vec<u8> {
-        let mut row = vec![0; TUPLE_HEADER_BYTES];
+        let bytes = parts.iter().map(|part| part.len()).fold(TUPLE_HEADER_BYTES, usize::saturating_add);
+        let mut row = Vec::with_capacity(bytes);
+        row.resize(TUPLE_HEADER_BYTES, 0);
         let mut put = Row(&mut row);
         put.put(T_XMIN, &xmin.to_le_bytes());
         put.put(T_XMAX, &xmax.to_le_bytes());

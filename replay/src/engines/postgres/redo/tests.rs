@@ -1,8 +1,8 @@
 //! Any record on any page is applied or refused; what it leaves is a page; twice is once.
 
 use proptest::prelude::*;
-use waltide_format::engines::postgres::wal::{RECORD_HEADER_BYTES, Record};
-use waltide_format::{BLOCK_BYTES, Lsn, PgMajor};
+use waltide_format::engines::postgres::wal::{PackedFor, RECORD_HEADER_BYTES, Record};
+use waltide_format::{BLOCK_BYTES, Lsn, PgMajor, RelFileLocator, Writer};
 
 use super::page::{Page, tid};
 use super::posting::{self, Entry};
@@ -10,6 +10,7 @@ use super::{Applied, Cluster, apply};
 
 const SETTING: Cluster = Cluster { logs_hints: true };
 const END: u64 = 0x2000;
+const RELATION: RelFileLocator = RelFileLocator { spc_oid: 1663, db_oid: 5, rel_number: 16384 };
 
 /// A record with one block reference per item of `blocks`: number, flags (fork and `BKPBLOCK_WILL_INIT`), block, data.
 fn record_bytes(rmid: u8, info: u8, main: &[u8], blocks: &[(u8, u8, u32, Vec<u8>)]) -> Vec<u8> {
@@ -17,7 +18,8 @@ fn record_bytes(rmid: u8, info: u8, main: &[u8], blocks: &[(u8, u8, u32, Vec<u8>
     for (id, flags, block, data) in blocks {
         body.extend([*id, flags | if data.is_empty() { 0 } else { 0x20 }]);
         body.extend((data.len() as u16).to_le_bytes());
-        body.extend([1663u32, 5, 16384, *block].iter().flat_map(|v| v.to_le_bytes()));
+        let RelFileLocator { spc_oid, db_oid, rel_number } = RELATION;
+        body.extend([spc_oid, db_oid, rel_number, *block].iter().flat_map(|v| v.to_le_bytes()));
     }
     body.extend([255, main.len() as u8]);
     blocks.iter().for_each(|(.., data)| body.extend(data));
@@ -121,10 +123,18 @@ proptest! {
         let bytes = record_bytes(rmid, kind, &main, &blocks);
         let mut refs = Vec::new();
         let record = Record::decode(&bytes, Lsn::from(0x1000), Lsn::from(END), PgMajor::V15, &mut refs).unwrap();
-        for (id, ..) in &blocks {
+        for (id, _, number, _) in &blocks {
             let mut once = page.clone();
             let was_whole = page.check().is_ok();
-            match apply(&record, *id, &mut once, SETTING) {
+            let applied = apply(&record, *id, &mut once, SETTING);
+            // What is packed of the record for this page says as much.
+            let (mut packed, mut refs, mut other) = (Writer::new(), Vec::new(), page.clone());
+            record.pack(Some(*id), RELATION, &mut packed);
+            let of = PackedFor { start: record.start, end: record.end, xid: record.header.xid, relation: RELATION, block: *number };
+            let unpacked = Record::unpack(packed.as_bytes(), of, PgMajor::V15, &mut refs).unwrap();
+            prop_assert_eq!(apply(&unpacked, *id, &mut other, SETTING), applied);
+            prop_assert!(applied.is_err() || other == once);
+            match applied {
                 Ok(Applied::Changed) => {
                     prop_assert_eq!(once.lsn(), Lsn::from(END));
                     prop_assert!(once.check().is_ok() || !was_whole, "{:?}", once.check());
