@@ -114,13 +114,17 @@ pub(super) fn pages(
     threads: usize,
     progress: &dyn Progress,
 ) -> Result<Written, ForwardError> {
-    let mut work: Vec<(RelFileLocator, ForkNumber, u32, &Chain)> = Vec::new();
+    let total = kept.page_bytes();
+    let mut work: Vec<Range<'_>> = Vec::new();
     for (relation, state) in &kept.relations {
         for (fork, state) in state.forks() {
-            work.extend(state.parts.iter().map(|(number, chain)| (*relation, fork, *number, chain)));
+            for (number, chain) in &state.parts {
+                let part = Part { files, log, relation: *relation, fork, number: *number, chain };
+                part.divide(state.blocks, threads, total, &mut work);
+            }
         }
     }
-    work.sort_by_key(|(relation, fork, number, _)| (*relation, *fork, *number));
+    work.sort_by_key(|range| (range.part.relation, range.part.fork, range.blocks.start));
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (pages, read) = (AtomicU64::new(0), AtomicU64::new(0));
     let first_error = Mutex::new(None);
@@ -128,17 +132,12 @@ pub(super) fn pages(
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
                 while !failed.load(Ordering::Relaxed) {
-                    let Some((relation, fork, number, chain)) =
-                        work.get(next.fetch_add(1, Ordering::Relaxed))
-                    else {
-                        return;
-                    };
-                    let range = Range { files, log, relation: *relation, fork: *fork, number: *number };
-                    match range.apply(chain) {
+                    let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
+                    match range.apply() {
                         Ok(written) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
-                            progress.advance(chain.bytes());
+                            progress.advance(range.bytes);
                         }
                         Err(e) => {
                             failed.store(true, Ordering::Relaxed);
@@ -185,13 +184,43 @@ fn lengthen(
     Ok(())
 }
 
-/// A range of blocks that is being written.
-struct Range<'a> {
+/// A part of a fork, and what is kept of it.
+#[derive(Clone, Copy)]
+struct Part<'a> {
     files: &'a Files,
     log: &'a Log,
     relation: RelFileLocator,
     fork: ForkNumber,
     number: u32,
+    chain: &'a Chain,
+}
+
+impl<'a> Part<'a> {
+    /// Divides a part that is much of all work, so that no thread waits for another's: each then passes over what the others
+    /// change, which costs little. `blocks` are how many the fork has.
+    fn divide(self, blocks: BlockNumber, threads: usize, total: u64, work: &mut Vec<Range<'a>>) {
+        let first = self.number.saturating_mul(PART_BLOCKS);
+        let count = blocks.saturating_sub(first).min(PART_BLOCKS);
+        let bytes = self.chain.bytes();
+        let is_much = bytes.saturating_mul(threads as u64).saturating_mul(4) > total;
+        let shares = if is_much { u32::try_from(threads).unwrap_or(1).clamp(1, count.max(1)) } else { 1 };
+        let share = count.checked_div(shares).unwrap_or(count);
+        for number in 0..shares {
+            let start = first.saturating_add(share.saturating_mul(number));
+            let is_last = number.saturating_add(1) == shares;
+            let end = if is_last { first.saturating_add(PART_BLOCKS) } else { start.saturating_add(share) };
+            let bytes = bytes.checked_div(shares.into()).unwrap_or(bytes);
+            work.push(Range { part: self, blocks: start..end, bytes });
+        }
+    }
+}
+
+/// A range of blocks that is being written.
+struct Range<'a> {
+    part: Part<'a>,
+    blocks: std::ops::Range<BlockNumber>,
+    /// Its share of what is kept of the part.
+    bytes: u64,
 }
 
 /// A page on its way.
@@ -201,14 +230,16 @@ struct Changing {
 }
 
 impl Range<'_> {
-    fn apply(&self, chain: &Chain) -> Result<Written, ForwardError> {
-        let first = self.number.saturating_mul(PART_BLOCKS);
-        let (segment, within) = match first.checked_div(self.files.file_blocks) {
-            Some(segment) => (segment, first.checked_rem(self.files.file_blocks).unwrap_or(0)),
+    fn apply(&self) -> Result<Written, ForwardError> {
+        let Part { files, log, relation, fork, number, chain } = self.part;
+        let part = number.saturating_mul(PART_BLOCKS);
+        let first = self.blocks.start;
+        let (segment, within) = match first.checked_div(files.file_blocks) {
+            Some(segment) => (segment, first.checked_rem(files.file_blocks).unwrap_or(0)),
             None => (0, first),
         };
-        let path = self.files.path(self.relation, self.fork, segment);
-        let file = self.files.open(&path)?;
+        let path = files.path(relation, fork, segment);
+        let file = files.open(&path)?;
         let at = |block: BlockNumber| {
             u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
         };
@@ -216,19 +247,19 @@ impl Range<'_> {
         let mut pages: Vec<Option<Changing>> = Vec::new();
         let mut blocks = Vec::new();
         let mut read = 0u64;
-        chain.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
-            let (of, major) = (entry.of(self.relation), self.files.control.major);
+        chain.oldest_first(&log.spill, |entry| -> Result<(), ForwardError> {
+            if !self.blocks.contains(&entry.block) {
+                let is_here = (part..part.saturating_add(PART_BLOCKS)).contains(&entry.block);
+                return if is_here { Ok(()) } else { Err(ForwardError::Kept { at: entry.start }) };
+            }
+            let (of, major) = (entry.of(relation), files.control.major);
             let record = Record::unpack(entry.packed, of, major, &mut blocks);
             let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
             let anew = match entry.how {
                 How::Block(id) => record.block(id).is_some_and(|b| b.makes_page_anew()),
                 _ => false,
             };
-            let number = entry.block.wrapping_sub(first);
-            if number >= PART_BLOCKS {
-                return Err(ForwardError::Kept { at: entry.start });
-            }
-            let number = number as usize;
+            let number = entry.block.saturating_sub(first) as usize;
             if pages.len() <= number {
                 pages.resize_with(number.saturating_add(1), || None);
             }
@@ -262,23 +293,25 @@ impl Range<'_> {
         let page = &mut changing.page;
         match entry.how {
             How::ClearVisibility => {
-                redo::clear_visibility(record, self.relation, entry.block, page);
+                redo::clear_visibility(record, self.part.relation, entry.block, page);
                 changing.changed = true;
             }
             How::CutVisibility(heap) => changing.changed |= redo::cut_visibility(heap, page),
             How::Block(id) => {
-                let needed =
-                    !anew && !matches!(self.fork, ForkNumber::Vm | ForkNumber::Fsm) && !redo::is_hint(record);
+                let needed = !anew
+                    && !matches!(self.part.fork, ForkNumber::Vm | ForkNumber::Fsm)
+                    && !redo::is_hint(record);
                 if needed && page.is_new() {
                     return Err(ForwardError::Missing {
-                        relation: self.relation,
-                        fork: self.fork,
+                        relation: self.part.relation,
+                        fork: self.part.fork,
                         block: entry.block,
                         at: entry.start,
                     });
                 }
-                let cluster =
-                    redo::Cluster { logs_hints: self.log.logs_hints(&self.files.control, entry.start) };
+                let cluster = redo::Cluster {
+                    logs_hints: self.part.log.logs_hints(&self.part.files.control, entry.start),
+                };
                 let applied = redo::apply(record, id, page, cluster)?;
                 changing.changed |= matches!(applied, redo::Applied::Changed | redo::Applied::Unstamped);
             }
@@ -308,7 +341,7 @@ impl Range<'_> {
                 begins = place;
             }
             buffer.extend_from_slice(page.bytes());
-            if self.files.control.has_data_checksums()
+            if self.part.files.control.has_data_checksums()
                 && !page.is_new()
                 && let Some(bytes) = buffer.last_chunk_mut()
             {
