@@ -250,6 +250,13 @@ impl Forward {
         (self.memory.saturating_sub(others) / 4).saturating_mul(3).max(self.memory / 4)
     }
 
+    /// So many bytes may have to be set aside in a file: all of the log but what is kept in memory. Less where records are
+    /// made irrelevant by later ones, which is not known before they are read. What is packed of a record is shorter than
+    /// the record; only one that changes several pages can come out longer.
+    pub fn set_aside_max(&self, threads: usize) -> u64 {
+        self.wal_bytes().saturating_sub(self.budget(threads) as u64)
+    }
+
     /// Bytes of log that are read.
     pub fn wal_bytes(&self) -> u64 {
         self.point.redo.get().saturating_sub(self.from.get())

@@ -721,7 +721,7 @@ fn actions(
     options: &mut RestoreOptions,
     mut notes: Vec<String>,
 ) -> Result<Actions, RestoreError> {
-    let data_dir = &options.data_dir;
+    let data_dir = &options.data_dir.clone();
     if let Some(pid) = place::running_server(data_dir)? {
         return Err(PlaceError::Running { path: data_dir.clone(), pid }.into());
     }
@@ -789,16 +789,22 @@ fn actions(
         there.iter().filter(|d| d.path.starts_with(root)).fold(0u64, |sum, d| sum.saturating_add(d.bytes))
     };
     let link = |oid| format!("pg_tblspc/{oid}/");
-    let needed = |wanted: &dyn Fn(&str) -> bool| {
+    let needed = |options: &RestoreOptions, wanted: &dyn Fn(&str) -> bool| {
         let files = manifest.files.iter().filter(|f| wanted(&f.path) && options.wants(&f.path));
         files.fold(0u64, |sum, f| sum.saturating_add(f.bytes))
     };
     let elsewhere = |path: &str| tablespaces.iter().any(|t| path.starts_with(&link(t.oid)));
-    let mut rooms = vec![(data_dir.clone(), needed(&|p| !elsewhere(p)), freed(data_dir))];
+    let mut rooms = vec![(data_dir.clone(), needed(options, &|p| !elsewhere(p)), freed(data_dir))];
     for t in &tablespaces {
-        rooms.push((t.to.clone(), needed(&|p| p.starts_with(&link(t.oid))), freed(&t.to)));
+        rooms.push((t.to.clone(), needed(options, &|p| p.starts_with(&link(t.oid))), freed(&t.to)));
     }
     place::check_room(&rooms)?;
+    // Of a part's restore little is kept, and nobody knows how much.
+    if options.selection.is_none()
+        && let Some(reason) = no_room_to_set_aside(&options.replay, &rooms, options.threads)?
+    {
+        options.replay = Replay::Server(Some(reason));
+    }
 
     let target: Vec<_> = match options.standby {
         true => vec![("recovery_target_timeline".to_owned(), "latest".to_owned())],
@@ -827,13 +833,42 @@ fn actions(
         deletions,
         delta,
         files: manifest.files.iter().filter(|f| options.wants(&f.path)).count() as u64,
-        bytes: needed(&|_| true),
+        bytes: needed(options, &|_| true),
         settings,
         replay: ReplayPlan::from(&options.replay),
         signal: if options.standby { "standby.signal" } else { "recovery.signal" },
         owner,
         notes,
     })
+}
+
+/// Why native replay is not tried, where what it may set aside of the log does not go onto the data directory's file system
+/// beside the files. Where it must be native it is tried: it may be less.
+fn no_room_to_set_aside(
+    replay: &Replay,
+    rooms: &[(PathBuf, u64, u64)],
+    threads: usize,
+) -> Result<Option<String>, PlaceError> {
+    let (Replay::Native(forward), Some((data_dir, ..))) = (replay, rooms.first()) else { return Ok(None) };
+    let aside = (data_dir.clone(), forward.set_aside_max(threads), 0);
+    if forward.mode() == ReplayMode::Native || aside.1 == 0 {
+        return Ok(None);
+    }
+    // First what is to be deleted is still there, then the files are.
+    let with_files: Vec<_> = [aside.clone()].into_iter().chain(rooms.iter().cloned()).collect();
+    for rooms in [std::slice::from_ref(&aside), with_files.as_slice()] {
+        match place::check_room(rooms) {
+            Err(PlaceError::NoRoom { free, needed, .. }) => {
+                return Ok(Some(format!(
+                    "{} bytes of the log may have to be set aside beside the files: {needed} bytes are needed at {}, and {free} are free",
+                    aside.1,
+                    data_dir.display()
+                )));
+            }
+            other => other?,
+        }
+    }
+    Ok(None)
 }
 
 fn not_empty(path: &Path, found: &[Deletion]) -> RestoreError {
