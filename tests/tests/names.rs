@@ -651,8 +651,9 @@ fn few_objects_are_read_to_find_a_name_in_much_wal() {
         // under another step of 16, and the backup's catalogues.
         assert!(*calls > 256 && fewer < 80, "{table}: {calls} calls, {fewer} with merged indexes");
     }
-    // Besides those, the WAL from where all had begun to where all had ended that may have done it.
-    let most = [250, 250, 130, 250, 130, 250, 250, 120];
+    // Besides those, the WAL from where all had begun to where all had ended that may have done it: less where the
+    // background writer notes the running transactions in between, as it does every 15 seconds.
+    let most = [250, 250, 200, 250, 200, 250, 250, 200];
     for ((filter, most), (told, calls)) in filters.iter().zip(most).zip(logs) {
         let (found, fewer) = site.log(filter);
         assert_eq!(found, told, "{filter:?}");

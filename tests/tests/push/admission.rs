@@ -191,13 +191,13 @@ fn the_same_file_twice_is_a_success_and_changes_nothing() {
     let quiet = lab.site.waltide.ok(["push", path]);
     assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("", ""));
 
-    for (name, text) in
-        [("00000002.history", "1\t0/2000000\tno recovery target specified\n"), ("00000003.history", "")]
-    {
-        let path = lab.file(name, text.as_bytes());
-        assert_eq!(lab.site.waltide.json(["push", path.to_str().unwrap()])["outcome"], "stored");
-        assert_eq!(lab.site.waltide.json(["push", path.to_str().unwrap()])["outcome"], "already_there");
-    }
+    let history = lab.file("00000002.history", b"1\t0/2000000\tno recovery target specified\n");
+    assert_eq!(lab.site.waltide.json(["push", history.to_str().unwrap()])["outcome"], "stored");
+    assert_eq!(lab.site.waltide.json(["push", history.to_str().unwrap()])["outcome"], "already_there");
+    // A timeline without ancestors could never be followed to: no server writes such a file.
+    let empty = lab.file("00000003.history", b"");
+    let out = lab.site.waltide.fails(1, ["push", empty.to_str().unwrap()]);
+    assert!(out.stderr.contains("the timeline that this one left is expected"), "{}", out.describe());
     let other = lab.file("00000002.history", b"1\t0/3000000\tno recovery target specified\n");
     let out = lab.site.waltide.fails(1, ["push", other.to_str().unwrap()]);
     let object = lab.site.names(&lab.cluster).wal_file("00000002.history".parse().unwrap());
