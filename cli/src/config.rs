@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::exit::Failure;
 
 /// Where the configuration lies unless another place is named.
-const DEFAULT_PATH: &str = "/etc/waltide/waltide.toml";
+pub(crate) const DEFAULT_PATH: &str = "/etc/waltide/waltide.toml";
 
 /// waltide.toml. Every key has a flag that beats it; a key that does not exist is an error.
 #[derive(Debug, Clone, Default, Deserialize)]

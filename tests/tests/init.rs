@@ -32,6 +32,14 @@ fn init_works_with_the_server_stopped_or_running_and_twice() {
     assert_eq!(foreign.stderr.contains("give it the archive (chown -R)"), is_root, "{}", foreign.stderr);
     assert!(!waltide.ok(["init", "--data-dir", &data_dir]).stderr.contains("chown"));
 
+    // What a configuration file says holds for the server's pushes, too.
+    let config = scratch.join("100 % of it.toml");
+    std::fs::write(&config, "compression_level = 5\n").unwrap();
+    let config = config.display().to_string();
+    let named = waltide.json(["--config", &config, "init", "--data-dir", &data_dir]);
+    let command = named["archive_command"].as_str().unwrap();
+    assert!(command.contains(&format!("--config '{}' push %p", config.replace('%', "%%"))), "{command}");
+
     // What is printed can be put into postgresql.conf as it is.
     let text = waltide.ok(["init", "--data-dir", &data_dir]).stdout;
     let conf: Vec<&str> = text.lines().filter(|line| line.contains(" = '")).collect();

@@ -10,6 +10,7 @@ use waltide_archiver::engines::postgres::settings::ArchiveSettings;
 use waltide_archiver::init::Made;
 use waltide_format::TimestampTz;
 
+use crate::config::DEFAULT_PATH;
 use crate::context::Context;
 use crate::exit::Failure;
 use crate::output;
@@ -54,7 +55,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let Engine::Postgres = args.engine;
     let data_dir = context.data_dir(args.data_dir)?;
     let (url, layout) = (context.archive_url()?, context.layout()?);
-    let settings = ArchiveSettings::new(&std::env::current_exe()?, &url, layout.cluster())?;
+    // The default one is found without being named.
+    let config = context.config_path.as_deref().filter(|path| *path != Path::new(DEFAULT_PATH));
+    let settings = ArchiveSettings::new(&std::env::current_exe()?, &url, layout.cluster(), config)?;
     let now = TimestampTz::from_jiff(jiff::Timestamp::now());
     let request = InitRequest { url, layout, data_dir: data_dir.clone(), upgrade: args.upgrade, now };
     let (_, made) = init(&request).await?;

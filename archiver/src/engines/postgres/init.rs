@@ -388,7 +388,7 @@ mod tests {
         fs::write(&file, "# Do not edit\nwork_mem = '8MB'\narchive_mode = 'off'\n  archive_mode='on'\n")
             .unwrap();
         let url = "/it's/here".parse().unwrap();
-        let wanted = ArchiveSettings::new(Path::new("/usr/bin/waltide"), &url, "main").unwrap();
+        let wanted = ArchiveSettings::new(Path::new("/usr/bin/waltide"), &url, "main", None).unwrap();
         let applied = apply_to_files(dir, &wanted).unwrap();
         let names: Vec<_> = applied.changed.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["wal_level", "archive_mode", "archive_command"]);
@@ -414,7 +414,7 @@ mod tests {
         )
         .unwrap();
         fs::write(&file, "archive_mode = 'always'\n").unwrap();
-        let wanted = ArchiveSettings::new(Path::new("/w"), &"/a".parse().unwrap(), "main").unwrap();
+        let wanted = ArchiveSettings::new(Path::new("/w"), &"/a".parse().unwrap(), "main", None).unwrap();
         let applied = apply_to_files(dir, &wanted).unwrap();
         let names: Vec<_> = applied.changed.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["archive_command"]);

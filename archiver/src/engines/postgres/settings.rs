@@ -20,8 +20,14 @@ pub struct ArchiveSettings {
 pub struct Unquotable(String);
 
 impl ArchiveSettings {
-    /// The settings that ship WAL with `program` to `cluster` of the archive at `url`.
-    pub fn new(program: &Path, url: &ArchiveUrl, cluster: &str) -> Result<Self, Unquotable> {
+    /// The settings that ship WAL with `program` to `cluster` of the archive at `url`, as a configuration file says where
+    /// one is given.
+    pub fn new(
+        program: &Path,
+        url: &ArchiveUrl,
+        cluster: &str,
+        config: Option<&Path>,
+    ) -> Result<Self, Unquotable> {
         let text = |path: &Path| {
             let usable = path.to_str().filter(|text| !text.contains(['\n', '\r', '\0']));
             usable.map(str::to_owned).ok_or_else(|| Unquotable(path.to_string_lossy().into_owned()))
@@ -30,9 +36,12 @@ impl ArchiveSettings {
             Some(path) => text(path)?,
             None => url.to_string(),
         };
-        let words = [&text(program)?, "--archive", &archive, "--cluster", cluster, "push"];
+        let (program, config) = (text(program)?, config.map(text).transpose()?);
+        let config = config.iter().flat_map(|config| ["--config", config]);
+        let words = [&program, "--archive", &archive, "--cluster", cluster].into_iter().chain(config);
         // PostgreSQL replaces %p and %f, and makes one % out of two.
-        let words = words.map(|word| shell_word(word).replace('%', "%%"));
+        let quoted = |word: &str| shell_word(word).replace('%', "%%");
+        let words: Vec<String> = words.chain(["push"]).map(quoted).collect();
         let archive_command = format!("{} %p", words.join(" "));
         let settings = vec![
             ("wal_level", "replica".to_owned()),
@@ -146,7 +155,7 @@ mod tests {
     #[test]
     fn plain_paths_stay_readable() {
         let url = "/var/lib/waltide".parse().unwrap();
-        let settings = ArchiveSettings::new(Path::new("/usr/bin/waltide"), &url, "main").unwrap();
+        let settings = ArchiveSettings::new(Path::new("/usr/bin/waltide"), &url, "main", None).unwrap();
         assert_eq!(
             settings.to_conf(),
             "wal_level = 'replica'\narchive_mode = 'on'\narchive_command = '/usr/bin/waltide --archive \
@@ -157,22 +166,28 @@ mod tests {
     #[test]
     fn a_path_with_a_line_break_is_refused() {
         let url = "/a".parse().unwrap();
-        let e = ArchiveSettings::new(Path::new("/b\nin"), &url, "main").unwrap_err();
+        let e = ArchiveSettings::new(Path::new("/b\nin"), &url, "main", None).unwrap_err();
         assert!(e.to_string().starts_with("\"/b\\nin\" cannot stand in a setting"), "{e}");
     }
 
     proptest! {
         #[test]
-        fn the_shell_gets_the_words_back(program in "/[ -~äß]{1,20}", archive in "/[ -~]{1,20}") {
+        fn the_shell_gets_the_words_back(
+            program in "/[ -~äß]{1,20}",
+            archive in "/[ -~]{1,20}",
+            config in proptest::option::of("/[ -~]{1,20}"),
+        ) {
             let url: ArchiveUrl = archive.parse().unwrap();
-            let settings = ArchiveSettings::new(Path::new(&program), &url, "main").unwrap();
+            let settings = ArchiveSettings::new(Path::new(&program), &url, "main", config.as_deref().map(Path::new)).unwrap();
             let line = expand(&settings.archive_command, "pg_wal/1");
             let archive = url.local_path().unwrap().to_str().unwrap().to_owned();
-            let want = [&program, "--archive", &archive, "--cluster", "main", "push", "pg_wal/1"];
-            prop_assert_eq!(shell_words(&line).unwrap(), want);
+            let mut want = vec![program.as_str(), "--archive", &archive, "--cluster", "main"];
+            want.extend(config.iter().flat_map(|config| ["--config", config]));
+            want.extend(["push", "pg_wal/1"]);
+            prop_assert_eq!(&shell_words(&line).unwrap(), &want);
             let out = std::process::Command::new("sh").arg("-c").arg(format!("printf '%s\\0' {line}")).output().unwrap();
             let words: Vec<_> = out.stdout.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
-            prop_assert_eq!(&words[..7], want);
+            prop_assert_eq!(&words[..want.len()], want);
         }
 
         #[test]
