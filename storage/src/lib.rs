@@ -25,4 +25,4 @@ pub use conformance::conformance;
 pub use error::StorageError;
 pub use faulty::Faults;
 pub use progress::{NoProgress, Progress};
-pub use url::ArchiveUrl;
+pub use url::{ArchiveUrl, real_path};

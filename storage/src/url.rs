@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::{fs, io};
 
 use crate::StorageError;
 
@@ -70,6 +71,24 @@ impl fmt::Display for ArchiveUrl {
     }
 }
 
+/// Where a path really leads: links are followed as far as it exists, and what is not there yet is added as it is named.
+pub fn real_path(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let there = path.ancestors().find(|above| above.exists()).unwrap_or(Path::new("/"));
+    let mut real = fs::canonicalize(there)?;
+    let rest = path.strip_prefix(there).unwrap_or(Path::new(""));
+    let mut parts = rest.components();
+    while let Some(part) = parts.next() {
+        if part == Component::ParentDir {
+            // Out of what is not there it leads to what may be there again.
+            real.pop();
+            return real_path(&real.join(parts.as_path()));
+        }
+        real.push(part);
+    }
+    Ok(real)
+}
+
 fn utf8(path: PathBuf) -> Option<String> {
     path.into_os_string().into_string().ok()
 }
@@ -125,6 +144,27 @@ mod tests {
             parse("odd:name").local_path().unwrap(),
             std::env::current_dir().unwrap().join("odd:name")
         );
+    }
+
+    #[test]
+    fn a_path_leads_where_its_links_do_whether_or_not_its_end_is_there() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(scratch.path()).unwrap();
+        fs::create_dir_all(root.join("site/archive")).unwrap();
+        std::os::unix::fs::symlink(root.join("site"), root.join("link")).unwrap();
+        for (path, want) in [
+            ("", ""),
+            ("link", "site"),
+            ("link/archive", "site/archive"),
+            ("link/new/er", "site/new/er"),
+            ("link/../site", "site"),
+            ("site/new/../archive", "site/archive"),
+            ("new/er/../../link/archive/x", "site/archive/x"),
+            ("new/../other/../link/x", "site/x"),
+        ] {
+            assert_eq!(real_path(&root.join(path)).unwrap(), root.join(want), "{path}");
+        }
+        assert_eq!(real_path(Path::new("/no/../..")).unwrap(), Path::new("/"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use waltide_format::archive::{Layout, SystemInfo};
 use waltide_format::engines::postgres::cluster::ControlFile;
 use waltide_format::{BLOCK_BYTES, PgMajor, SegmentSize, SystemId, TimestampTz};
-use waltide_storage::{Archive, ArchiveUrl, Put, StorageError};
+use waltide_storage::{Archive, ArchiveUrl, Put, StorageError, real_path};
 
 use super::connect::{ConnectError, ConnectRequest, connect};
 use super::control::{ControlFileError, read_control, read_version};
@@ -182,14 +182,7 @@ pub async fn init(request: &InitRequest) -> Result<(Archive, Initialised), InitE
 
 /// Whether a path, which may not be there yet, leads into a directory.
 fn lies_in(path: &Path, dir: &Path) -> bool {
-    let there = path.ancestors().find_map(|above| {
-        let found = fs::canonicalize(above).ok()?;
-        Some(path.strip_prefix(above).map_or(found.clone(), |rest| found.join(rest)))
-    });
-    match (there, fs::canonicalize(dir)) {
-        (Some(path), Ok(dir)) => path.starts_with(dir),
-        _ => false,
-    }
+    real_path(path).is_ok_and(|path| real_path(dir).is_ok_and(|dir| path.starts_with(dir)))
 }
 
 fn check_data_dir(data_dir: &Path) -> Result<ControlFile, InitError> {

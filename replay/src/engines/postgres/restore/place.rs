@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Serialize;
 use waltide_format::Oid;
 use waltide_format::archive::{Manifest, Tablespace};
+use waltide_storage::real_path;
 
 use super::MARKER;
 
@@ -357,16 +358,9 @@ pub(super) fn nearest(path: &Path) -> PathBuf {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 
-/// Where a path really leads, as far as it exists.
-fn real(path: &Path) -> Result<PathBuf, PlaceError> {
-    let there = nearest(path);
-    let found = fs::canonicalize(&there).map_err(io_at(&there))?;
-    let rest = path.strip_prefix(&there).unwrap_or(Path::new(""));
-    Ok(found.components().chain(rest.components()).collect())
-}
-
 /// Refuses a place that has the archive in it, or lies in the archive itself.
 pub(super) fn apart_from(archive: &Path, places: &[&Path]) -> Result<(), PlaceError> {
+    let real = |path: &Path| real_path(path).map_err(io_at(path));
     let archive = real(archive)?;
     for path in places {
         let place = real(path)?;
@@ -466,7 +460,7 @@ mod tests {
         std::os::unix::fs::symlink(root.join("site"), root.join("link")).unwrap();
         let archive = root.join("site/archive");
         for near in
-            ["site", "site/archive", "site/archive/main", "site/archive/new/x", "link", "link/archive/new"]
+            ["site", "site/archive", "site/archive/new/x", "link", "link/archive/new", "site/new/../archive"]
         {
             let near = root.join(near);
             let err = apart_from(&archive, &[&root.join("elsewhere"), &near]).unwrap_err().to_string();
