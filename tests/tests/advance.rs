@@ -107,6 +107,9 @@ fn under_load(chance: &mut Chance, checksums: bool) {
     steps(&cluster, chance, 12);
     bench.terminate();
     if chance.below(2) == 0 {
+        // ALTER DATABASE SET TABLESPACE removes the old directory, then logs it, and waits for neither: a server killed in
+        // between has lost the record, and no recovery removes the directory. A commit brings it to disk.
+        cluster.query("select pg_logical_emit_message(true, 'waltide', 'before the crash')");
         cluster.kill9();
         cluster.start();
     }

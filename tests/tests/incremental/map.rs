@@ -65,6 +65,7 @@ fn every_block_that_differs_is_in_the_map() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (mut before, mut first) = state(&cluster);
     let begin = first;
+    let (mut differing, mut spared) = (0, 0);
     for round in 0..4 {
         for _ in 0..12 {
             load::step(&cluster, &mut chance);
@@ -73,7 +74,6 @@ fn every_block_that_differs_is_in_the_map() {
         cluster.archive_all();
         let changed = runtime.block_on(changed(&site, first, last));
 
-        let (mut differing, mut spared) = (0, 0);
         for (path, now) in &after {
             let (Some(was), Some((relation, fork, base))) = (before.get(path), locate(path)) else {
                 continue;
@@ -91,12 +91,10 @@ fn every_block_that_differs_is_in_the_map() {
                 spared += usize::from(!told);
             }
         }
-        assert!(
-            differing > 50 && spared > 1000,
-            "round {round}: {differing} differ, {spared} are not in the map"
-        );
         (before, first) = (after, last);
     }
+    // Chance may leave one round with little to do.
+    assert!(differing > 50 && spared > 4000, "{differing} differ, {spared} are not in the map");
     // The indexes of many segments say the same as those of each, and so do damaged ones, which are not believed.
     // However little chance wrote, there are segments for two.
     for _ in 0..32 {
