@@ -22,6 +22,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use tokio::runtime::Builder;
 
 pub use args::Cli;
 use args::RestorePitr;
@@ -59,7 +60,12 @@ pub fn run_restore(args: Vec<OsString>) -> ExitCode {
 fn start(cli: Cli) -> Result<(), Failure> {
     let context = Context::new(&cli.global)?;
     output::start_log(&cli.global);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let mut builder = match &cli.command {
+        // A few looks and one file: it starts no more threads than work on that.
+        Command::Push(_) => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    let runtime = builder
         .worker_threads(context.threads)
         .enable_all()
         .build()

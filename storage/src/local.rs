@@ -20,6 +20,7 @@ use object_store::{
     CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
     ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::error::Refused;
 use crate::path::{bad_name, is_leftover};
@@ -404,6 +405,18 @@ impl LocalFiles {
         let files = self.clone();
         tokio::task::spawn_blocking(move || work(&files)).await?
     }
+
+    /// The same for what takes no longer than a look at some names. A runtime with one thread is that of a command that is
+    /// over soon: its thread has looked before another would have begun to.
+    async fn looking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match Handle::current().runtime_flavor() {
+            RuntimeFlavor::CurrentThread => work(self),
+            _ => self.blocking(work).await,
+        }
+    }
 }
 
 /// Makes one directory, 0700 whatever the umask takes away.
@@ -459,7 +472,7 @@ impl ObjectStore for LocalFiles {
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         let at = at.clone();
-        self.blocking(move |files| files.get(&at, &options)).await
+        self.looking(move |files| files.get(&at, &options)).await
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
