@@ -1,5 +1,6 @@
 //! What is kept of the log, written into the files: range after range, each page once.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
@@ -114,17 +115,16 @@ pub(super) fn pages(
     threads: usize,
     progress: &dyn Progress,
 ) -> Result<Written, ForwardError> {
-    let total = kept.page_bytes();
-    let mut work: Vec<Range<'_>> = Vec::new();
+    let mut parts = Vec::new();
     for (relation, state) in &kept.relations {
         for (fork, state) in state.forks() {
             for (number, chain) in &state.parts {
                 let part = Part { files, log, relation: *relation, fork, number: *number, chain };
-                part.divide(state.blocks, threads, total, &mut work);
+                parts.push((part, state.blocks));
             }
         }
     }
-    work.sort_by_key(|range| (range.part.relation, range.part.fork, range.blocks.start));
+    let work = divided(parts, threads);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (pages, read) = (AtomicU64::new(0), AtomicU64::new(0));
     let first_error = Mutex::new(None);
@@ -195,21 +195,56 @@ struct Part<'a> {
     chain: &'a Chain,
 }
 
+/// Divides what would make one thread work longer than the others, for which each then passes over what the others change.
+/// `parts` come with how many blocks their fork has.
+fn divided(mut parts: Vec<(Part<'_>, BlockNumber)>, threads: usize) -> Vec<Range<'_>> {
+    parts
+        .sort_by_cached_key(|(part, _)| (Reverse(part.chain.bytes()), part.relation, part.fork, part.number));
+    let bytes: Vec<u64> = parts.iter().map(|(part, _)| part.chain.bytes()).collect();
+    let (mut whole, mut shared) = (Vec::new(), Vec::new());
+    for ((part, blocks), shares) in parts.into_iter().zip(shares(&bytes, threads)) {
+        part.divide(blocks, shares, if shares == 1 { &mut whole } else { &mut shared });
+    }
+    whole.sort_by_key(|range: &Range<'_>| (range.part.relation, range.part.fork, range.blocks.start));
+    whole.append(&mut shared);
+    whole
+}
+
+/// Among how many threads each of these amounts of work is shared, of which the largest comes first: among all where it
+/// would keep the thread that has least to do notably longer than an equal share of everything.
+fn shares(amounts: &[u64], threads: usize) -> Vec<u32> {
+    let threads = threads.max(1);
+    let count = u32::try_from(threads).unwrap_or(u32::MAX);
+    let total = amounts.iter().fold(0u64, |sum, amount| sum.saturating_add(*amount));
+    let equal = total.div_ceil(threads as u64);
+    let most = equal.saturating_add(equal / 8);
+    let mut loads = vec![0u64; threads];
+    let share = |amount: &u64| {
+        if let Some(least) = loads.iter_mut().min()
+            && least.saturating_add(*amount) <= most
+        {
+            *least = least.saturating_add(*amount);
+            return 1;
+        }
+        let each = amount.div_ceil(threads as u64);
+        loads.iter_mut().for_each(|load| *load = load.saturating_add(each));
+        count
+    };
+    amounts.iter().map(share).collect()
+}
+
 impl<'a> Part<'a> {
-    /// Divides a part that is much of all work, so that no thread waits for another's: each then passes over what the others
-    /// change, which costs little. `blocks` are how many the fork has.
-    fn divide(self, blocks: BlockNumber, threads: usize, total: u64, work: &mut Vec<Range<'a>>) {
+    /// Divides it among so many threads. `blocks` are how many the fork has.
+    fn divide(self, blocks: BlockNumber, shares: u32, work: &mut Vec<Range<'a>>) {
         let first = self.number.saturating_mul(PART_BLOCKS);
         let count = blocks.saturating_sub(first).min(PART_BLOCKS);
-        let bytes = self.chain.bytes();
-        let is_much = bytes.saturating_mul(threads as u64).saturating_mul(4) > total;
-        let shares = if is_much { u32::try_from(threads).unwrap_or(1).clamp(1, count.max(1)) } else { 1 };
+        let shares = shares.clamp(1, count.max(1));
         let share = count.checked_div(shares).unwrap_or(count);
         for number in 0..shares {
             let start = first.saturating_add(share.saturating_mul(number));
             let is_last = number.saturating_add(1) == shares;
             let end = if is_last { first.saturating_add(PART_BLOCKS) } else { start.saturating_add(share) };
-            let bytes = bytes.checked_div(shares.into()).unwrap_or(bytes);
+            let bytes = self.chain.bytes().checked_div(shares.into()).unwrap_or(0);
             work.push(Range { part: self, blocks: start..end, bytes });
         }
     }
@@ -388,4 +423,41 @@ pub(super) fn copy_database(files: &Files, from: (u32, u32), to: (u32, u32)) -> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_what_would_be_waited_for_is_shared() {
+        assert_eq!(shares(&[10, 10, 10], 2), [1, 1, 2]);
+        assert_eq!(shares(&[10; 8], 8), [1; 8]);
+        assert_eq!(shares(&[90, 5, 5], 2), [2, 1, 1]);
+        assert_eq!(shares(&[7, 3, 2], 1), [1; 3]);
+        assert_eq!(shares(&[], 4), [0u32; 0]);
+        assert_eq!(shares(&[1], 0), [1]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_thread_has_much_more_than_an_equal_share(
+            mut amounts in proptest::collection::vec(0u64..1000, 0..40),
+            threads in 1usize..9,
+        ) {
+            amounts.sort_unstable_by(|a, b| b.cmp(a));
+            let mut loads = vec![0f64; threads];
+            let total: u64 = amounts.iter().sum();
+            let shares = shares(&amounts, threads);
+            // Whoever is free takes the next, those that are shared last.
+            let (whole, shared): (Vec<_>, Vec<_>) = amounts.iter().zip(&shares).partition(|(_, shares)| **shares == 1);
+            let pieces = shared.iter().flat_map(|(amount, shares)| vec![**amount as f64 / f64::from(**shares); **shares as usize]);
+            for amount in whole.iter().map(|(amount, _)| **amount as f64).chain(pieces) {
+                *loads.iter_mut().min_by(|a, b| a.total_cmp(b)).unwrap() += amount;
+            }
+            let most = loads.into_iter().fold(0f64, f64::max);
+            prop_assert!(most <= total as f64 / threads as f64 * 1.125 + 2.0 * amounts.len() as f64, "{most} of {total}");
+        }
+    }
 }
