@@ -73,27 +73,24 @@ pub(super) fn pack<T, U, E>(
             belt: &belt,
             read,
             length,
-            // One in each helper's hands, one that waits for it, and this thread's own.
-            buffers_left: helpers.saturating_mul(2).saturating_add(1),
+            // One in each helper's hands, two that wait for it, and this thread's own.
+            buffers_left: helpers.saturating_mul(3).saturating_add(1),
             current: None,
             failed: None,
-            digest: WalDigest::new(),
             press: &mut press,
         };
         let made = make(&mut feed);
-        if let Some(e) = feed.failed.take() {
-            return Err(e);
+        if made.is_ok() {
+            while feed.advance().is_some() {}
         }
-        let made = match made {
-            Ok(made) => made,
-            Err(e) => return Ok(([0; 32], Err(e))),
-        };
-        let digest = feed.finish()?;
-        let made = add(made, press.compressor.as_mut());
-        while let Some(chunk) = belt.next() {
-            belt.compress(chunk, &mut press);
+        match (feed.failed, made) {
+            (Some(e), _) => Err(e),
+            (None, Err(e)) => Ok(([0; 32], Err(e))),
+            (None, Ok(made)) => {
+                let made = add(made, press.compressor.as_mut());
+                Ok((belt.finish(&mut press), Ok(made)))
+            }
         }
-        Ok((digest, Ok(made)))
     })?;
     let chunks = belt.out.into_inner().unwrap_or_else(PoisonError::into_inner).chunks;
     Ok(made.map(|made| Packed { digest, chunks, made }))
@@ -129,7 +126,7 @@ impl Press<'_> {
     }
 }
 
-/// The chunks that wait to be compressed, the buffers that wait for another, and what is compressed.
+/// What waits to be done, the buffers that wait for another chunk, and what is compressed.
 #[derive(Debug)]
 struct Belt {
     state: Mutex<State>,
@@ -137,11 +134,35 @@ struct Belt {
     out: Mutex<Out>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    waiting: VecDeque<Arc<Chunk>>,
+    /// Chunks to compress.
+    plain: VecDeque<Arc<Chunk>>,
+    /// Chunks to sum up, in their order.
+    unsummed: VecDeque<Arc<Chunk>>,
+    /// The sum so far; none while somebody adds to it.
+    digest: Option<WalDigest>,
     idle: Vec<Vec<u8>>,
     is_over: bool,
+}
+
+/// Something that whoever is free can do.
+enum Work {
+    Sum(Arc<Chunk>, WalDigest),
+    Compress(Arc<Chunk>),
+}
+
+impl State {
+    /// What comes next. One chunk after the other can be summed up, so that must not lag behind.
+    fn next(&mut self) -> Option<Work> {
+        if let Some(digest) = self.digest.take() {
+            match self.unsummed.pop_front() {
+                Some(chunk) => return Some(Work::Sum(chunk, digest)),
+                None => self.digest = Some(digest),
+            }
+        }
+        self.plain.pop_front().map(Work::Compress)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -155,7 +176,9 @@ impl Belt {
     fn new(before: &[u8]) -> Self {
         let chunks = Chunks { stored: before.to_vec(), each: Vec::new() };
         let out = Mutex::new(Out { chunks, early: BTreeMap::new() });
-        Self { state: Mutex::default(), changed: Condvar::new(), out }
+        let (plain, unsummed, idle) = (VecDeque::new(), VecDeque::new(), Vec::new());
+        let state = State { plain, unsummed, digest: Some(WalDigest::new()), idle, is_over: false };
+        Self { state: Mutex::new(state), changed: Condvar::new(), out }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -166,34 +189,65 @@ impl Belt {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next(&self) -> Option<Arc<Chunk>> {
-        self.state().waiting.pop_front()
+    fn add(&self, chunk: &Arc<Chunk>) {
+        let mut state = self.state();
+        state.plain.push_back(Arc::clone(chunk));
+        state.unsummed.push_back(Arc::clone(chunk));
+        self.changed.notify_all();
     }
 
-    /// Compresses what comes until nothing more does.
+    /// Does what comes until nothing more does.
     fn help(&self, press: &mut Press<'_>) {
         let mut state = self.state();
         loop {
-            if let Some(chunk) = state.waiting.pop_front() {
-                drop(state);
-                let idle = self.compress(chunk, press);
-                state = self.state();
-                state.idle.extend(idle);
-                self.changed.notify_all();
-            } else if state.is_over {
-                return;
-            } else {
-                state = self.wait(state);
-            }
+            state = match state.next() {
+                Some(work) => self.work(state, work, press),
+                None if state.is_over => return,
+                None => self.wait(state),
+            };
         }
     }
 
-    /// Compresses a chunk. Its buffer comes back if nobody else looks at it any more.
-    fn compress(&self, chunk: Arc<Chunk>, press: &mut Press<'_>) -> Option<Vec<u8>> {
-        let stored = press.press(&chunk.wal);
-        let crc = crc32fast::hash(stored);
-        self.out.lock().unwrap_or_else(PoisonError::into_inner).add(chunk.number, stored, crc);
-        Arc::into_inner(chunk).map(|chunk| chunk.wal)
+    /// Does what is left, and gives the sum of all chunks. None of them is in the feed's hands any more.
+    fn finish(&self, press: &mut Press<'_>) -> [u8; 32] {
+        let mut state = self.state();
+        loop {
+            state = match state.next() {
+                Some(work) => self.work(state, work, press),
+                // Nothing is left to be summed up where the sum is here.
+                None => match state.digest.take() {
+                    Some(digest) => return digest.finish(),
+                    None => self.wait(state),
+                },
+            };
+        }
+    }
+
+    /// Does it while others go on. The chunk's buffer comes back if nobody else looks at it any more.
+    fn work<'s>(
+        &'s self,
+        state: MutexGuard<'s, State>,
+        work: Work,
+        press: &mut Press<'_>,
+    ) -> MutexGuard<'s, State> {
+        drop(state);
+        let (chunk, digest) = match work {
+            Work::Sum(chunk, mut digest) => {
+                digest.update(&chunk.wal);
+                (chunk, Some(digest))
+            }
+            Work::Compress(chunk) => {
+                let stored = press.press(&chunk.wal);
+                let crc = crc32fast::hash(stored);
+                self.out.lock().unwrap_or_else(PoisonError::into_inner).add(chunk.number, stored, crc);
+                (chunk, None)
+            }
+        };
+        let mut state = self.state();
+        state.digest = state.digest.take().or(digest);
+        state.idle.extend(Arc::into_inner(chunk).map(|chunk| chunk.wal));
+        self.changed.notify_all();
+        state
     }
 }
 
@@ -228,7 +282,7 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// A segment's bytes as they are read. Each chunk is compressed by whoever is free while it is looked at here.
+/// A segment's bytes as they are read. Each chunk is summed up and compressed by whoever is free while it is looked at here.
 struct Feed<'b, 'c, R> {
     belt: &'b Belt,
     read: R,
@@ -237,7 +291,6 @@ struct Feed<'b, 'c, R> {
     buffers_left: usize,
     current: Option<Arc<Chunk>>,
     failed: Option<io::Error>,
-    digest: WalDigest,
     press: &'b mut Press<'c>,
 }
 
@@ -257,9 +310,7 @@ impl<R: FnMut(usize, &mut [u8]) -> io::Result<()>> Feed<'_, '_, R> {
             return None;
         }
         let chunk = Arc::new(Chunk { number, wal });
-        self.belt.state().waiting.push_back(Arc::clone(&chunk));
-        self.belt.changed.notify_all();
-        self.digest.update(&chunk.wal);
+        self.belt.add(&chunk);
         self.current = Some(chunk);
         Some(())
     }
@@ -278,26 +329,11 @@ impl<R: FnMut(usize, &mut [u8]) -> io::Result<()>> Feed<'_, '_, R> {
                 self.buffers_left = left;
                 return Vec::new();
             }
-            state = match state.waiting.pop_front() {
+            state = match state.next() {
                 // Everybody is busy: so is this thread.
-                Some(chunk) => {
-                    drop(state);
-                    let idle = self.belt.compress(chunk, self.press);
-                    let mut state = self.belt.state();
-                    state.idle.extend(idle);
-                    state
-                }
+                Some(work) => self.belt.work(state, work, self.press),
                 None => self.belt.wait(state),
             };
-        }
-    }
-
-    /// Reads what is left.
-    fn finish(mut self) -> io::Result<[u8; 32]> {
-        while self.advance().is_some() {}
-        match self.failed {
-            Some(e) => Err(e),
-            None => Ok(self.digest.finish()),
         }
     }
 }
