@@ -1,6 +1,8 @@
 //! One archive: what the rest of Waltide may do with stored objects.
 
+use std::io::ErrorKind;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +15,11 @@ use object_store::{
 };
 
 use crate::faulty::{Faults, FaultyStore};
-use crate::local::LocalFiles;
+use crate::local::{LocalFiles, has_one_thread};
 use crate::{ArchiveUrl, StorageError, path};
+
+/// So much is read as soon as another thread is told to.
+const SMALL_BYTES: u64 = 64 << 10;
 
 /// A place that keeps objects. Cloning is cheap. Its methods need a tokio runtime.
 #[derive(Clone, Debug)]
@@ -332,6 +337,14 @@ async fn collect(path: &str, found: GetResult) -> Result<Bytes, StorageError> {
     let expected = found.range.end.saturating_sub(found.range.start);
     let bytes = match found.payload {
         GetResultPayload::File(..) if expected == 0 => Bytes::new(),
+        GetResultPayload::File(file, _) if expected <= SMALL_BYTES && has_one_thread() => {
+            let mut bytes = vec![0; usize::try_from(expected).unwrap_or_default()];
+            match file.read_exact_at(&mut bytes, found.range.start) {
+                Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Err(changed(path)),
+                read => read.map_err(|e| StorageError::io(path, e))?,
+            }
+            bytes.into()
+        }
         GetResultPayload::File(..) => found.bytes().await.map_err(failed)?,
         GetResultPayload::Stream(mut parts) => {
             let mut bytes = BytesMut::new();

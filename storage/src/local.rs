@@ -406,17 +406,19 @@ impl LocalFiles {
         tokio::task::spawn_blocking(move || work(&files)).await?
     }
 
-    /// The same for what takes no longer than a look at some names. A runtime with one thread is that of a command that is
-    /// over soon: its thread has looked before another would have begun to.
+    /// The same for what takes no longer than a look at some names.
     async fn looking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        match Handle::current().runtime_flavor() {
-            RuntimeFlavor::CurrentThread => work(self),
-            _ => self.blocking(work).await,
-        }
+        if has_one_thread() { work(self) } else { self.blocking(work).await }
     }
+}
+
+/// Whether the runtime has one thread: it is a command's that is over soon, and has done a small thing itself before another
+/// thread would have begun to.
+pub(crate) fn has_one_thread() -> bool {
+    Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread
 }
 
 /// Makes one directory, 0700 whatever the umask takes away.
