@@ -131,9 +131,10 @@ pub(super) fn pages(
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
+                let mut room = Room::default();
                 while !failed.load(Ordering::Relaxed) {
                     let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
-                    match range.apply() {
+                    match range.apply(&mut room) {
                         Ok(written) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
@@ -258,6 +259,15 @@ struct Range<'a> {
     bytes: u64,
 }
 
+/// Memory that a thread has for one range after the other: so much that is new each time would cost much of the work.
+#[derive(Default)]
+struct Room {
+    /// A place for each block, as far as the last that is changed.
+    pages: Vec<Option<Changing>>,
+    /// Neighbours that are written together.
+    buffer: Vec<u8>,
+}
+
 /// A page on its way.
 struct Changing {
     page: Page,
@@ -265,7 +275,7 @@ struct Changing {
 }
 
 impl Range<'_> {
-    fn apply(&self) -> Result<Written, ForwardError> {
+    fn apply(&self, room: &mut Room) -> Result<Written, ForwardError> {
         let Part { files, log, relation, fork, number, chain } = self.part;
         let part = number.saturating_mul(PART_BLOCKS);
         let first = self.blocks.start;
@@ -278,8 +288,8 @@ impl Range<'_> {
         let at = |block: BlockNumber| {
             u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
         };
-        // A place for each block, as far as the last that is changed.
-        let mut pages: Vec<Option<Changing>> = Vec::new();
+        let Room { pages, buffer } = room;
+        pages.clear();
         let mut blocks = Vec::new();
         let mut read = 0u64;
         chain.oldest_first(&log.spill, |entry| -> Result<(), ForwardError> {
@@ -313,8 +323,9 @@ impl Range<'_> {
             };
             self.change(&entry, &record, anew, changing)
         })?;
-        let changed = (first..).zip(&pages).filter_map(|(block, page)| Some((block, page.as_ref()?)));
-        let written = self.write(&file, &path, changed.filter(|(_, changing)| changing.changed), at)?;
+        let changed = (first..).zip(&*pages).filter_map(|(block, page)| Some((block, page.as_ref()?)));
+        let written =
+            self.write(&file, &path, changed.filter(|(_, changing)| changing.changed), buffer, at)?;
         Ok(Written { pages: written, read })
     }
 
@@ -360,9 +371,10 @@ impl Range<'_> {
         file: &File,
         path: &Path,
         pages: impl Iterator<Item = (BlockNumber, &'c Changing)>,
+        buffer: &mut Vec<u8>,
         at: impl Fn(BlockNumber) -> u64,
     ) -> Result<u64, ForwardError> {
-        let mut buffer: Vec<u8> = Vec::new();
+        buffer.clear();
         let (mut begins, mut ends, mut count) = (0, 0, 0u64);
         let put = |buffer: &mut Vec<u8>, begins| {
             let done = file.write_all_at(buffer, begins).map_err(ForwardError::io("write", path));
@@ -372,7 +384,7 @@ impl Range<'_> {
         for (block, Changing { page, .. }) in pages {
             let place = at(block);
             if place != ends || buffer.len() >= WRITE_PAGES * BLOCK_BYTES {
-                put(&mut buffer, begins)?;
+                put(buffer, begins)?;
                 begins = place;
             }
             buffer.extend_from_slice(page.bytes());
@@ -385,7 +397,7 @@ impl Range<'_> {
             ends = place.saturating_add(BLOCK_BYTES as u64);
             count = count.saturating_add(1);
         }
-        put(&mut buffer, begins)?;
+        put(buffer, begins)?;
         Ok(count)
     }
 }
