@@ -208,7 +208,7 @@ impl Belt {
         }
     }
 
-    /// Does what is left, and gives the sum of all chunks. None of them is in the feed's hands any more.
+    /// Does what is left, and gives the sum of all chunks.
     fn finish(&self, press: &mut Press<'_>) -> [u8; 32] {
         let mut state = self.state();
         loop {
