@@ -371,7 +371,17 @@ mod tests {
 
     use super::*;
 
+    /// A runtime of one thread does small things itself.
     #[tokio::test]
+    async fn every_back_end_conforms_in_a_runtime_of_one_thread() {
+        every_back_end_conforms_with_and_without_faults_in_front().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_back_end_conforms_in_a_runtime_of_several() {
+        every_back_end_conforms_with_and_without_faults_in_front().await;
+    }
+
     async fn every_back_end_conforms_with_and_without_faults_in_front() {
         let dir = tempfile::tempdir().unwrap();
         let url = dir.path().join("made/for it").to_str().unwrap().parse().unwrap();
