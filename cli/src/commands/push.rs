@@ -18,7 +18,7 @@ pub(crate) struct Args {
     /// Archive a damaged segment with a note of its faults instead of refusing it
     #[arg(long)]
     force_admit: bool,
-    /// zstd's level, 1 to 19
+    /// zstd's level, 1 to 19; for WAL 1 to 3 are the same
     #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(1..=19))]
     compression_level: Option<i32>,
 }

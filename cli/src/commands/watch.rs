@@ -19,7 +19,7 @@ pub(crate) struct Args {
     /// The data directory
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// zstd's level, 1 to 19
+    /// zstd's level, 1 to 19; for WAL 1 to 3 are the same
     #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(1..=19))]
     compression_level: Option<i32>,
 }
