@@ -165,7 +165,8 @@ pub fn scan_segment<B: WalBytes>(mut bytes: B, context: &ScanContext<'_>) -> Res
         return Err(ScanError::Length { found, expected });
     }
     let tail = usable_tail(&mut bytes, span, context);
-    let mut stream = RecordStream::new(bytes, span, context.expected(), tail).map_err(ScanError::Damaged)?;
+    let stream = RecordStream::new(bytes, span, context.expected(), tail).map_err(ScanError::Damaged)?;
+    let mut stream = stream.leaving_images();
     if let Some(next) = context.next {
         stream = stream.with_next(next);
     }

@@ -12,6 +12,9 @@ pub const RECORD_HEADER_BYTES: usize = 24;
 pub const RECORD_BYTES_MAX: u32 = 1020 << 20;
 /// Where `xl_crc` lies; it covers the data behind the header, then the header up to itself.
 const CRC_OFFSET: usize = 20;
+/// What says which blocks and data a record has is not longer, as PostgreSQL writes it: the header, an origin, a transaction,
+/// 33 blocks and the length of the main data.
+pub(super) const LAYOUT_BYTES_MAX: usize = 1 << 10;
 
 /// `XLR_MAX_BLOCK_ID`.
 const BLOCK_ID_MAX: u8 = 32;
@@ -77,7 +80,10 @@ impl RecordHeader {
 
     /// Compares `xl_crc` with the bytes of the whole record.
     pub fn check_crc(&self, record: &[u8]) -> Result<(), Corrupt> {
-        let computed = crc_of(record);
+        self.compare_crc(crc_of(record))
+    }
+
+    pub(super) fn compare_crc(&self, computed: u32) -> Result<(), Corrupt> {
         if computed == self.crc {
             return Ok(());
         }
@@ -88,8 +94,12 @@ impl RecordHeader {
 /// The CRC-32C that belongs into a record.
 pub(super) fn crc_of(record: &[u8]) -> u32 {
     let data = record.get(RECORD_HEADER_BYTES..).unwrap_or_default();
-    let header = record.get(..CRC_OFFSET).unwrap_or_default();
-    crc32c::crc32c_append(crc32c::crc32c(data), header)
+    crc_with_header(crc32c::crc32c(data), record)
+}
+
+/// The same out of the CRC of what is behind the header, and the header.
+pub(super) fn crc_with_header(data: u32, header: &[u8]) -> u32 {
+    crc32c::crc32c_append(data, header.get(..CRC_OFFSET).unwrap_or_default())
 }
 
 /// A part of a record's bytes.
@@ -209,67 +219,12 @@ impl<'a> Record<'a> {
 
     /// Reads everything behind the header, which must fill the record exactly.
     pub(super) fn parse(bytes: &[u8], major: PgMajor, blocks: &mut Vec<BlockRef>) -> Result<Parsed, Corrupt> {
-        blocks.clear();
-        let r = &mut Reader::new(bytes);
-        r.take(RECORD_HEADER_BYTES, "record header")?;
-        let mut parsed = Parsed { main: Span::default(), origin: None, toplevel_xid: None };
-        let mut data_bytes = 0usize;
-        let mut relation = None;
-        while r.left() > data_bytes {
-            let at = r.position();
-            let id = r.u8("block_id")?;
-            match id {
-                BLOCK_ID_DATA_SHORT | BLOCK_ID_DATA_LONG => {
-                    let len = if id == BLOCK_ID_DATA_SHORT {
-                        u32::from(r.u8("main data length")?)
-                    } else {
-                        r.u32("main data length")?
-                    };
-                    parsed.main.bytes = len;
-                    data_bytes = data_bytes.saturating_add(len as usize);
-                    break;
-                }
-                BLOCK_ID_ORIGIN => parsed.origin = Some(r.u16("replication origin")?),
-                BLOCK_ID_TOPLEVEL_XID if major >= PgMajor::V14 => {
-                    parsed.toplevel_xid = Some(r.u32("toplevel_xid")?.into());
-                }
-                _ => {
-                    let in_order = blocks.last().is_none_or(|last: &BlockRef| last.id < id);
-                    if id > BLOCK_ID_MAX || !in_order {
-                        return Err(Corrupt::invalid("block_id", at, u64::from(id)));
-                    }
-                    let block = BlockRef::decode(r, id, relation, major)?;
-                    relation = Some(block.relation);
-                    let image = block.image.map_or(0, |(_, span)| span.bytes as usize);
-                    data_bytes = data_bytes.saturating_add(image).saturating_add(block.data.bytes as usize);
-                    blocks.push(block);
-                }
-            }
-        }
-        if r.left() != data_bytes {
-            return Err(Corrupt::mismatch(
-                "record data length",
-                r.position(),
-                data_bytes as u64,
-                r.left() as u64,
-            ));
-        }
-        let mut from = u32::try_from(r.position()).unwrap_or(u32::MAX);
-        let mut place = |span: &mut Span| {
-            span.from = from;
-            from = from.saturating_add(span.bytes);
-        };
-        for block in blocks.iter_mut() {
-            if let Some((_, span)) = &mut block.image {
-                place(span);
-            }
-            place(&mut block.data);
-        }
-        place(&mut parsed.main);
-        Ok(parsed)
+        let mut layout = Layout::read(bytes, bytes.len(), major, blocks)?;
+        layout.place(blocks, |image| image.bytes);
+        Ok(layout.parsed)
     }
 
-    /// The whole record, page headers taken out.
+    /// The whole record, page headers taken out; see also [`RecordStream::leaving_images`](super::RecordStream::leaving_images).
     pub const fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
@@ -312,8 +267,92 @@ impl<'a> Record<'a> {
 
     /// Bytes of full-page images. The rest is what pg_waldump calls the record's length.
     pub fn image_bytes(&self) -> u32 {
-        let bytes = self.blocks.iter().filter_map(|block| block.image.map(|(_, span)| span.bytes));
-        bytes.fold(0, u32::saturating_add)
+        let bytes = self.blocks.iter().filter_map(|block| block.image.map(|(header, _)| header.bytes));
+        bytes.fold(0, |sum, bytes| sum.saturating_add(bytes.into()))
+    }
+}
+
+/// What a record has behind its header, before it is known where.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    pub(super) parsed: Parsed,
+    /// Where the data begins.
+    pub(super) data_from: u32,
+}
+
+impl Layout {
+    /// Reads which blocks and data a record of `total` bytes has, which must fill it exactly. `head` is the record or its
+    /// first part.
+    pub(super) fn read(
+        head: &[u8],
+        total: usize,
+        major: PgMajor,
+        blocks: &mut Vec<BlockRef>,
+    ) -> Result<Self, Corrupt> {
+        blocks.clear();
+        let r = &mut Reader::new(head);
+        let left = |r: &Reader<'_>| total.saturating_sub(head.len().saturating_sub(r.left()));
+        r.take(RECORD_HEADER_BYTES, "record header")?;
+        let mut parsed = Parsed { main: Span::default(), origin: None, toplevel_xid: None };
+        let mut data_bytes = 0usize;
+        let mut relation = None;
+        while left(r) > data_bytes {
+            let at = r.position();
+            let id = r.u8("block_id")?;
+            match id {
+                BLOCK_ID_DATA_SHORT | BLOCK_ID_DATA_LONG => {
+                    let len = if id == BLOCK_ID_DATA_SHORT {
+                        u32::from(r.u8("main data length")?)
+                    } else {
+                        r.u32("main data length")?
+                    };
+                    parsed.main.bytes = len;
+                    data_bytes = data_bytes.saturating_add(len as usize);
+                    break;
+                }
+                BLOCK_ID_ORIGIN => parsed.origin = Some(r.u16("replication origin")?),
+                BLOCK_ID_TOPLEVEL_XID if major >= PgMajor::V14 => {
+                    parsed.toplevel_xid = Some(r.u32("toplevel_xid")?.into());
+                }
+                _ => {
+                    let in_order = blocks.last().is_none_or(|last: &BlockRef| last.id < id);
+                    if id > BLOCK_ID_MAX || !in_order {
+                        return Err(Corrupt::invalid("block_id", at, u64::from(id)));
+                    }
+                    let block = BlockRef::decode(r, id, relation, major)?;
+                    relation = Some(block.relation);
+                    let image = block.image.map_or(0, |(_, span)| span.bytes as usize);
+                    data_bytes = data_bytes.saturating_add(image).saturating_add(block.data.bytes as usize);
+                    blocks.push(block);
+                }
+            }
+        }
+        if left(r) != data_bytes {
+            return Err(Corrupt::mismatch(
+                "record data length",
+                r.position(),
+                data_bytes as u64,
+                left(r) as u64,
+            ));
+        }
+        Ok(Self { parsed, data_from: u32::try_from(r.position()).unwrap_or(u32::MAX) })
+    }
+
+    /// Places what the blocks have, and the main data, behind each other. `there` says how many bytes of an image there are.
+    pub(super) fn place(&mut self, blocks: &mut [BlockRef], there: impl Fn(&ImageHeader) -> u16) {
+        let mut from = self.data_from;
+        let mut place = |span: &mut Span| {
+            span.from = from;
+            from = from.saturating_add(span.bytes);
+        };
+        for block in blocks.iter_mut() {
+            if let Some((header, span)) = &mut block.image {
+                span.bytes = there(header).into();
+                place(span);
+            }
+            place(&mut block.data);
+        }
+        place(&mut self.parsed.main);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Walks a segment's pages and puts its records together, over page edges and over segment edges.
 
 mod ending;
+mod gather;
 mod neighbours;
 mod pages;
 mod source;
@@ -10,12 +11,13 @@ use std::ops::Range;
 
 use crate::engines::postgres::wal::page::{LONG_HEADER_BYTES, PAGE_BYTES, PageHeader, SHORT_HEADER_BYTES};
 use crate::engines::postgres::wal::record::{
-    BlockRef, Parsed, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader,
+    BlockRef, Parsed, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader, crc_of,
 };
 use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::engines::postgres::wal::{Damage, xlog};
 use crate::ids::{Lsn, PgMajor, TimelineId};
 use crate::segment::SegmentSize;
+use gather::Gathered;
 use pages::{Entered, Rest};
 
 pub use ending::{EndReason, LogEnd, Pending, PreviousTail};
@@ -78,14 +80,15 @@ pub struct RecordStream<'a, B = &'a [u8]> {
     pending: Option<Pending>,
     joined_next: bool,
     finished: Option<Result<LogEnd, Damage>>,
-    scratch: Vec<u8>,
+    gathered: Gathered,
+    leaves_images: bool,
     blocks: Vec<BlockRef>,
 }
 
 /// Where a record's bytes are.
 enum Place {
     Segment(usize),
-    Scratch,
+    Gathered,
 }
 
 /// A record found, not yet checked.
@@ -155,7 +158,8 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
             pending: None,
             joined_next: false,
             finished: None,
-            scratch: Vec::new(),
+            gathered: Gathered::default(),
+            leaves_images: false,
             blocks: Vec::new(),
         };
         stream.check_page(&first_page, 0).map_err(|e| e.in_segments_of(span.size.bytes()))?;
@@ -168,6 +172,13 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
     #[must_use]
     pub fn with_next(self, next: &'a [u8]) -> Self {
         Self { next: Some(next), ..self }
+    }
+
+    /// Leaves full-page images out of records that go over a page's edge: checked, but without bytes, so that none of them can
+    /// be restored, and the record's bytes go on behind them. A record that goes over the segment's edge is whole.
+    #[must_use]
+    pub fn leaving_images(self) -> Self {
+        Self { leaves_images: true, ..self }
     }
 
     /// What it reads.
@@ -265,7 +276,7 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
             Ok(Checked { header, parsed, end }) => {
                 self.prev = Some(found.start);
                 self.valid_end = end.min(self.span.end());
-                let bytes = Self::bytes_of(&mut self.bytes, &self.scratch, &found);
+                let bytes = Self::bytes_of(&mut self.bytes, &self.gathered, &found);
                 let major = self.first_page.major;
                 Ok(Next::Record(Record::assemble(
                     found.start,
@@ -349,21 +360,20 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
                 let end = self.span.lsn(self.at);
                 return Ok(Step::Found(Found { place: Place::Segment(start_at), start, end, total_bytes }));
             }
-            self.scratch.clear();
+            self.gathered.begin(total_bytes, self.leaves_images && self.fits(page_end, whole_end));
             if !self.keep(start_at..page_end) {
                 return Ok(self.stop(EndReason::BytesEnd, self.length));
             }
-            let remaining = total_bytes.saturating_sub(u32_of(self.scratch.len()));
+            let remaining = total_bytes.saturating_sub(self.gathered.read());
             match self.collect(page_end, remaining, true).map_err(|e| e.in_record(start))? {
                 Rest::Whole { end } => {
                     self.at = align8(end);
                     let end = self.span.lsn(self.at);
-                    return Ok(Step::Found(Found { place: Place::Scratch, start, end, total_bytes }));
+                    return Ok(Step::Found(Found { place: Place::Gathered, start, end, total_bytes }));
                 }
                 Rest::Aborted => self.aborted = Some(start),
                 Rest::Over => {
-                    self.pending =
-                        Some(Pending { start, total_bytes, bytes: std::mem::take(&mut self.scratch) });
+                    self.pending = Some(Pending { start, total_bytes, bytes: self.gathered.take() });
                     return Ok(Step::Pending);
                 }
                 Rest::Stop { reason, at } => return Ok(self.stop(reason, at)),
@@ -392,24 +402,35 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
         Ok(())
     }
 
+    /// Whether a record ends in this segment that would end at `whole_end`, were there no pages from `page_end` on.
+    fn fits(&self, page_end: usize, whole_end: usize) -> bool {
+        let pages = self.span.bytes().saturating_sub(page_end) / PAGE_BYTES;
+        whole_end.saturating_sub(page_end)
+            <= pages.saturating_mul(PAGE_BYTES.saturating_sub(SHORT_HEADER_BYTES))
+    }
+
     /// Puts a part of a page behind what is kept of a record; false where the bytes end before.
     fn keep(&mut self, range: Range<usize>) -> bool {
         let part = if range.end > self.length { None } else { self.bytes.part(range) };
-        part.map(|part| self.scratch.extend_from_slice(part)).is_some()
+        part.map(|part| self.gathered.add(part, self.first_page.major, &mut self.blocks)).is_some()
     }
 
-    fn bytes_of<'s>(segment: &'s mut B, scratch: &'s [u8], found: &Found) -> &'s [u8] {
+    fn bytes_of<'s>(segment: &'s mut B, gathered: &'s Gathered, found: &Found) -> &'s [u8] {
         let total = usize_of(found.total_bytes);
         match found.place {
             Place::Segment(at) => segment.part(at..at.saturating_add(total)).unwrap_or_default(),
-            Place::Scratch => scratch,
+            Place::Gathered => gathered.bytes(),
         }
     }
 
     /// Checks a record that was found, and what it says about the log around it.
     fn check(&mut self, found: &Found) -> Result<Checked, Damage> {
         let major = self.first_page.major;
-        let bytes = Self::bytes_of(&mut self.bytes, &self.scratch, found);
+        let bytes = Self::bytes_of(&mut self.bytes, &self.gathered, found);
+        let (length, crc) = match found.place {
+            Place::Segment(_) => (u32_of(bytes.len()), crc_of(bytes)),
+            Place::Gathered => (self.gathered.read(), self.gathered.crc()),
+        };
         let damage = |corrupt: crate::Corrupt| Damage {
             lsn: lsn_in_record(found.start, corrupt.at, self.span.size),
             record: Some(found.start),
@@ -417,13 +438,9 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
         };
         let end = found.end;
         let header = RecordHeader::decode(bytes, major).map_err(damage)?;
-        if header.total_bytes as usize != bytes.len() {
-            return Err(damage(crate::Corrupt::mismatch(
-                "xl_tot_len",
-                0,
-                u64::from(header.total_bytes),
-                bytes.len() as u64,
-            )));
+        if header.total_bytes != length {
+            let (found, expected) = (u64::from(header.total_bytes), u64::from(length));
+            return Err(damage(crate::Corrupt::mismatch("xl_tot_len", 0, found, expected)));
         }
         let prev =
             |expected: u64| damage(crate::Corrupt::mismatch("xl_prev", 8, header.prev.get(), expected));
@@ -432,8 +449,12 @@ impl<'a, B: WalBytes> RecordStream<'a, B> {
             None if header.prev >= found.start => return Err(prev(found.start.get())),
             _ => {}
         }
-        header.check_crc(bytes).map_err(damage)?;
-        let parsed = Record::parse(bytes, major, &mut self.blocks).map_err(damage)?;
+        header.compare_crc(crc).map_err(damage)?;
+        let parsed = match found.place {
+            Place::Segment(_) => Record::parse(bytes, major, &mut self.blocks),
+            Place::Gathered => self.gathered.parse(major, &mut self.blocks),
+        };
+        let parsed = parsed.map_err(damage)?;
         let overwriting = std::mem::take(&mut self.overwriting);
         let aborted = if overwriting { self.aborted.take() } else { None };
         if header.rmgr == Rmgr::XLOG {

@@ -31,12 +31,12 @@ impl<B: WalBytes> RecordStream<'_, B> {
             return None;
         }
         let found = Found {
-            place: Place::Scratch,
+            place: Place::Gathered,
             start: record.start,
             end: record.end,
             total_bytes: record.header.total_bytes,
         };
-        self.scratch = stream.scratch;
+        self.gathered = stream.gathered;
         Some(found)
     }
 
@@ -54,7 +54,7 @@ impl<B: WalBytes> RecordStream<'_, B> {
                     end,
                     major,
                     header,
-                    &self.scratch,
+                    self.gathered.bytes(),
                     &self.blocks,
                     parsed,
                 )))

@@ -79,7 +79,7 @@ impl<B: WalBytes> RecordStream<'_, B> {
         }
         let keep = pending.is_some();
         let (start, total_bytes) = pending.as_ref().map_or((None, 0), |p| (Some(p.start), p.total_bytes));
-        self.scratch = pending.map(|p| p.bytes).unwrap_or_default();
+        self.gathered.resume(pending.map(|p| p.bytes).unwrap_or_default());
         let rest = self.collect_from(page, 0, found, keep);
         let rest = match start {
             Some(start) => rest.map_err(|e| e.in_record(start))?,
@@ -95,7 +95,7 @@ impl<B: WalBytes> RecordStream<'_, B> {
                 };
                 self.head = Some(StreamHead::Joined);
                 let end = self.span.lsn(self.at);
-                Ok(Some(Step::Found(Found { place: Place::Scratch, start, end, total_bytes })))
+                Ok(Some(Step::Found(Found { place: Place::Gathered, start, end, total_bytes })))
             }
             Rest::Aborted => {
                 self.head = Some(StreamHead::Unjoined);
@@ -109,7 +109,7 @@ impl<B: WalBytes> RecordStream<'_, B> {
                     let (valid_end, found_at) = (self.span.end(), self.span.end());
                     return Ok(Some(Step::End(LogEnd { reason: EndReason::Continues, valid_end, found_at })));
                 };
-                self.pending = Some(Pending { start, total_bytes, bytes: std::mem::take(&mut self.scratch) });
+                self.pending = Some(Pending { start, total_bytes, bytes: self.gathered.take() });
                 Ok(Some(Step::Pending))
             }
             Rest::Stop { reason, at } => {

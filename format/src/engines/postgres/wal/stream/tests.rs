@@ -233,7 +233,7 @@ fn an_overwrite_record_must_name_the_record_that_was_aborted() {
     let at = PAGE_BYTES + 24 + 24 + 2;
     let record = PAGE_BYTES + 24..PAGE_BYTES + 24 + 42;
     all[0][at] ^= 8;
-    let crc = super::super::record::crc_of(&all[0][record]);
+    let crc = crc_of(&all[0][record]);
     all[0][PAGE_BYTES + 44..PAGE_BYTES + 48].copy_from_slice(&crc.to_le_bytes());
     let err = read_all(&all).unwrap_err();
     assert_eq!((err.corrupt.field, err.corrupt.at), ("overwritten_lsn", at as u64));
@@ -364,6 +364,68 @@ fn a_length_that_no_record_has_is_refused_before_memory_is_taken() {
     }
 }
 
+/// What the segments' records say, read with their neighbours at hand, but for what their images hold; and what is wrong.
+fn told(segments: &[Vec<u8>], leaving_images: bool) -> Vec<String> {
+    let (mut told, mut tail) = (Vec::new(), None);
+    for (i, bytes) in segments.iter().enumerate() {
+        let stream = match RecordStream::new(bytes, span_of(i), Expected::default(), tail.take()) {
+            Ok(stream) => stream,
+            Err(e) => return [told, vec![e.to_string()]].concat(),
+        };
+        let stream = if leaving_images { stream.leaving_images() } else { stream };
+        let mut stream = match segments.get(i + 1) {
+            Some(next) => stream.with_next(next),
+            None => stream,
+        };
+        loop {
+            match stream.next_record() {
+                Ok(Next::Record(r)) => {
+                    told.push(format!("{} {} {:?} {:?}", r.start, r.end, r.header, r.main_data()));
+                    told.push(format!("{:?} {:?} {}", r.origin(), r.toplevel_xid(), r.image_bytes()));
+                    for b in r.blocks() {
+                        let (image, data) = (b.image.map(|image| image.header), b.data);
+                        told.push(format!(
+                            "{} {} {:?} {} {image:?} {data:?}",
+                            b.id, b.relation, b.fork, b.block
+                        ));
+                    }
+                }
+                Ok(other) => {
+                    told.push(format!("{other:?}"));
+                    break;
+                }
+                Err(e) => {
+                    told.push(e.to_string());
+                    break;
+                }
+            }
+        }
+        tail = stream.into_tail();
+        told.push(format!("{tail:?}"));
+    }
+    told
+}
+
+#[test]
+fn images_are_left_out_of_records_over_a_page_edge_alone() {
+    let b = mixed(PgMajor::V15);
+    let all = segments(&b);
+    let mut stream =
+        RecordStream::new(&all[0], span_of(0), Expected::default(), None).unwrap().leaving_images();
+    let (mut left_out, mut there) = (0, 0);
+    while let Next::Record(r) = stream.next_record().unwrap() {
+        let over_edge = r.start.get() / PAGE_BYTES as u64 != (r.end.get() - 1) / PAGE_BYTES as u64;
+        for image in r.blocks().filter_map(|b| b.image) {
+            let restored = image.restore(&mut [0; BLOCK_BYTES]);
+            assert_eq!((image.bytes().is_empty(), restored.is_err()), (over_edge, over_edge), "{}", r.start);
+            *(if over_edge { &mut left_out } else { &mut there }) += 1;
+        }
+        let missing = if over_edge { r.image_bytes() as usize } else { 0 };
+        assert_eq!(r.bytes().len() + missing, r.header.total_bytes as usize);
+    }
+    assert!(left_out > 40 && there > 10, "{left_out} {there}");
+}
+
 /// Bytes that no rule of the format covers: padding of page headers and between records, and page flags
 /// that only tell backup tools something.
 fn is_uncovered(bytes: &[u8], records: &[(usize, usize)], at: usize, mask: u8) -> bool {
@@ -412,6 +474,40 @@ proptest! {
                 prop_assert_eq!(copy_record(segment, None, at, 3 << 20, &mut copy), None);
             }
         }
+    }
+
+    /// Of any log, whole or with a byte changed.
+    #[test]
+    fn records_say_the_same_without_their_images(
+        records in proptest::collection::vec(
+            (
+                proptest::collection::vec((0usize..5000, prop_oneof![Just(0usize), 1usize..2000], any::<u8>()), 0..34),
+                prop_oneof![0usize..300, 0usize..20_000],
+                0usize..300,
+            ),
+            1..30,
+        ),
+        changed in proptest::option::of((any::<u32>(), 0u8..8)),
+    ) {
+        let mut b = WalBuilder::new(PgMajor::V15, small_segments());
+        for (blocks, main, message) in records {
+            let mut blocks = blocks.into_iter().zip(0u8..).map(|((hole, data, seed), id)| {
+                let data = TestBlock::data(id, ForkNumber::Main, seed.into(), &vec![seed; data]);
+                // A few have an image, and a hole at its end or none.
+                let hole = if hole < 2000 { (8192 - 4 - hole as u16, hole as u16) } else { (100, hole as u16) };
+                let hole = if hole.1 == 0 { (0, 0) } else { hole };
+                let image = TestImage::new(seed, hole, Compression::None);
+                TestBlock { image: Some(image).filter(|_| seed % 3 == 0), ..data }
+            });
+            b.push(10, 0x20, 740, &blocks.by_ref().collect::<Vec<_>>(), &vec![7; main]);
+            b.message(message);
+        }
+        let mut all = segments(&b);
+        if let Some((at, bit)) = changed {
+            let at = at as usize % (b.at().get() - 0x100_0000) as usize;
+            all[at >> 20][at & 0xF_FFFF] ^= 1 << bit;
+        }
+        prop_assert_eq!(told(&all, true), told(&all, false));
     }
 
     #[test]
