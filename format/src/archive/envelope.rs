@@ -1,6 +1,7 @@
 //! What every object of the archive starts and ends with, and the small objects that are nothing more.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::io::{Cursor, Read as _};
 
 use serde::Serialize;
@@ -271,24 +272,40 @@ fn unpack(payload: &[u8]) -> Result<Vec<u8>, Corrupt> {
 /// Decompresses one zstd stream that must give exactly `raw_bytes`.
 pub(crate) fn decompress(stored: &[u8], raw_bytes: u64) -> Option<Vec<u8>> {
     let mut out = Vec::new();
-    decompress_onto(&mut out, stored, raw_bytes)?;
+    Decompressor::default().decompress_onto(&mut out, stored, raw_bytes)?;
     Some(out)
 }
 
-/// The same, behind what `out` holds.
-pub(super) fn decompress_onto(out: &mut Vec<u8>, stored: &[u8], raw_bytes: u64) -> Option<()> {
-    let before = out.len();
-    if raw_bytes > UNPROVEN_BYTES_MAX {
-        // Memory grows with what really comes out.
-        let decoder = zstd::stream::read::Decoder::with_buffer(stored).ok()?;
-        decoder.take(raw_bytes.checked_add(1)?).read_to_end(out).ok()?;
-    } else {
-        out.reserve(usize::try_from(raw_bytes).ok()?);
-        let mut place = Cursor::new(&mut *out);
-        place.set_position(before as u64);
-        zstd::bulk::Decompressor::new().ok()?.decompress_to_buffer(stored, &mut place).ok()?;
+/// What decompresses one stream after the other: its memory is new only once.
+#[derive(Default)]
+pub(super) struct Decompressor(Option<zstd::bulk::Decompressor<'static>>);
+
+impl fmt::Debug for Decompressor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Decompressor").finish_non_exhaustive()
     }
-    (out.len().checked_sub(before)? as u64 == raw_bytes).then_some(())
+}
+
+impl Decompressor {
+    /// Decompresses one zstd stream that must give exactly `raw_bytes`, behind what `out` holds.
+    pub(super) fn decompress_onto(&mut self, out: &mut Vec<u8>, stored: &[u8], raw_bytes: u64) -> Option<()> {
+        let before = out.len();
+        if raw_bytes > UNPROVEN_BYTES_MAX {
+            // Memory grows with what really comes out.
+            let decoder = zstd::stream::read::Decoder::with_buffer(stored).ok()?;
+            decoder.take(raw_bytes.checked_add(1)?).read_to_end(out).ok()?;
+        } else {
+            out.reserve(usize::try_from(raw_bytes).ok()?);
+            let mut place = Cursor::new(&mut *out);
+            place.set_position(before as u64);
+            let inner = match &mut self.0 {
+                Some(inner) => inner,
+                none => none.insert(zstd::bulk::Decompressor::new().ok()?),
+            };
+            inner.decompress_to_buffer(stored, &mut place).ok()?;
+        }
+        (out.len().checked_sub(before)? as u64 == raw_bytes).then_some(())
+    }
 }
 
 /// A `.history` or `.backup` file, kept with its name so that a copied object still says what it is.
@@ -377,9 +394,12 @@ mod tests {
         for raw_bytes in [1000u64, UNPROVEN_BYTES_MAX, UNPROVEN_BYTES_MAX + 1] {
             let raw: Vec<u8> = (0..raw_bytes).map(|i| (i % 251) as u8).collect();
             let packed = zstd::bulk::compress(&raw, 3).unwrap();
-            let mut out = b"before".to_vec();
-            assert_eq!(decompress_onto(&mut out, &packed, raw_bytes), Some(()));
-            assert_eq!(out, [b"before".as_slice(), &raw].concat());
+            let (mut out, mut decompressor) = (b"before".to_vec(), Decompressor::default());
+            // What was refused before makes no difference.
+            assert_eq!(decompressor.decompress_onto(&mut Vec::new(), &packed[..20], raw_bytes), None);
+            assert_eq!(decompressor.decompress_onto(&mut out, &packed, raw_bytes), Some(()));
+            assert_eq!(decompressor.decompress_onto(&mut out, &packed, raw_bytes), Some(()));
+            assert_eq!(out, [b"before".as_slice(), &raw, &raw].concat());
         }
     }
 

@@ -18,6 +18,7 @@ mod packing;
 mod reach;
 mod source;
 mod stored_segment;
+mod stored_wal;
 mod stretch;
 mod windows;
 
@@ -58,6 +59,7 @@ pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, read_from,
     wal_digest,
 };
+pub use stored_wal::StoredWal;
 pub use windows::{
     BrokenBackup, Coverage, EndedWindow, Hole, Moment, RecoveryWindow, Stretch, WindowCommit, WindowRestore,
 };

@@ -6,9 +6,10 @@ use std::ops::Range;
 
 use sha2::{Digest as _, Sha256};
 
-use super::envelope::{Footer, HEADER_BYTES, Header, ObjectKind};
+use super::envelope::{Decompressor, Footer, HEADER_BYTES, Header, ObjectKind};
 use super::index::{INFO_SECTION, SECTION_VERSION, SUMMARY_SECTIONS, SegmentIndex, SegmentInfo, decode_info};
 use super::packing::{self, Chunks, Compressor, Packed};
+use super::stored_wal::StoredWal;
 use super::stretch::{SectionAt, Stretch, Stretches, pack_with};
 use crate::engines::postgres::wal::WalBytes;
 use crate::error::{Corrupt, Problem};
@@ -148,7 +149,7 @@ pub struct SegmentDirectory {
     pub digest: [u8; 32],
     /// Where the sections start: everything before is chunks.
     pub sections_at: u64,
-    chunks: Vec<Stretch>,
+    pub(super) chunks: Vec<Stretch>,
     sections: Vec<SectionAt>,
 }
 
@@ -201,10 +202,10 @@ impl SegmentDirectory {
     pub fn read_chunks(&self, wal: &Range<u64>, stored: &[u8]) -> Result<(u64, Vec<u8>), Corrupt> {
         let held = self.held(wal);
         let (begin, at) = held.first().map_or((0, 0), |(begin, s)| (*begin, s.at));
-        let mut bytes = Vec::new();
+        let (mut bytes, mut decompressor) = (Vec::new(), Decompressor::default());
         for (_, stretch) in held {
             let here = Stretch { at: stretch.at.saturating_sub(at), ..stretch };
-            here.read_onto(&mut bytes, stored, "chunk").map_err(|e| e.offset_by(at))?;
+            here.read_onto(&mut bytes, stored, "chunk", &mut decompressor).map_err(|e| e.offset_by(at))?;
         }
         Ok((begin, bytes))
     }
@@ -319,23 +320,9 @@ impl StoredSegment {
 
     /// Reads the WAL of a whole object under its checksums, without its index.
     pub fn decode_wal(object: &[u8]) -> Result<(SegmentDirectory, Vec<u8>), Corrupt> {
-        let mut wal = Vec::new();
-        let directory = Self::decode_wal_into(&mut wal, object)?;
-        Ok((directory, wal))
-    }
-
-    /// The same, in place of what `wal` holds.
-    pub fn decode_wal_into(wal: &mut Vec<u8>, object: &[u8]) -> Result<SegmentDirectory, Corrupt> {
-        wal.clear();
-        Footer::check(object, ObjectKind::Segment)?;
-        let object_bytes = object.len() as u64;
-        let directory = SegmentDirectory::decode(object, object_bytes)?;
-        let directory =
-            directory.map_err(|needed| Corrupt::too_large("directory", 0, needed, object_bytes))?;
-        for chunk in &directory.chunks {
-            chunk.read_onto(wal, object, "chunk")?;
-        }
-        Ok(directory)
+        let mut wal = StoredWal::open(object, Vec::new())?;
+        wal.reach(usize::MAX)?;
+        Ok((wal.directory().clone(), wal.into_bytes()))
     }
 }
 

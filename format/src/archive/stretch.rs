@@ -1,6 +1,6 @@
 //! A part of an object that is compressed and checked on its own: a chunk of WAL, a section of an index.
 
-use super::envelope::{HEADER_BYTES, decompress_onto};
+use super::envelope::{Decompressor, HEADER_BYTES};
 use crate::error::{Corrupt, Problem};
 use crate::reader::Reader;
 
@@ -24,7 +24,7 @@ impl Stretch {
     /// The stretch's bytes out of `object`, checked and decompressed.
     pub(super) fn read(self, object: &[u8], field: &'static str) -> Result<Vec<u8>, Corrupt> {
         let mut bytes = Vec::new();
-        self.read_onto(&mut bytes, object, field)?;
+        self.read_onto(&mut bytes, object, field, &mut Decompressor::default())?;
         Ok(bytes)
     }
 
@@ -34,6 +34,7 @@ impl Stretch {
         bytes: &mut Vec<u8>,
         object: &[u8],
         field: &'static str,
+        decompressor: &mut Decompressor,
     ) -> Result<(), Corrupt> {
         let damaged = Corrupt { field, at: self.at, problem: Problem::Compression };
         let range = usize::try_from(self.at).ok().zip(usize::try_from(self.end()).ok());
@@ -46,7 +47,7 @@ impl Stretch {
             bytes.extend_from_slice(stored);
             return Ok(());
         }
-        decompress_onto(bytes, stored, self.raw_bytes).ok_or(damaged)
+        decompressor.decompress_onto(bytes, stored, self.raw_bytes).ok_or(damaged)
     }
 }
 

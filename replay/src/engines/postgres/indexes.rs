@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use waltide_format::archive::{
     CommitKind, FileEvent, MergedDirectory, MergedSection, NamesLog, RelationSegments, SegmentDirectory,
     SegmentEntry, SegmentIndex, Step, StoredSegment, SystemLayout, XactEnd,
@@ -178,19 +179,15 @@ impl ArchivedIndexes {
 
     /// A whole segment's bytes.
     pub(super) async fn wal(&self, entry: &SegmentEntry) -> Result<Vec<u8>, SearchError> {
-        self.wal_into(entry, Vec::new()).await
-    }
-
-    /// The same, in the memory of a buffer that is not needed any more.
-    pub(super) async fn wal_into(
-        &self,
-        entry: &SegmentEntry,
-        mut wal: Vec<u8>,
-    ) -> Result<Vec<u8>, SearchError> {
-        let object = self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?;
-        let decode = move || StoredSegment::decode_wal_into(&mut wal, &object).map(|_| wal);
+        let object = self.object(entry).await?;
+        let decode = move || StoredSegment::decode_wal(&object).map(|(_, wal)| wal);
         let decoded = tokio::task::spawn_blocking(decode).await.expect("decoding a segment does not panic");
         decoded.map_err(|source| SearchError::Damaged { path: entry.path.clone(), source })
+    }
+
+    /// A whole segment as it is stored.
+    pub(super) async fn object(&self, entry: &SegmentEntry) -> Result<Bytes, SearchError> {
+        Ok(self.archive.get(&entry.path, SEGMENT_OBJECT_BYTES_MAX).await?)
     }
 
     /// What a segment says about names, out of its index and, where that does not tell all, out of its WAL.

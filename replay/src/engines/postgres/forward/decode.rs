@@ -1,5 +1,6 @@
 //! A segment's records as what each does, without what the segment itself makes irrelevant. Pure: no I/O.
 
+use waltide_format::archive::StoredWal;
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
@@ -124,8 +125,10 @@ pub(super) type Pools = Pool<Decoded>;
 /// Why a segment was not taken apart.
 #[derive(Debug)]
 pub(super) enum DecodeError {
-    /// It is damaged.
+    /// Its WAL is damaged.
     Damage(Damage),
+    /// The object that holds it is.
+    Stored(Corrupt),
     /// A record that the engine cannot vouch for.
     Unknown(Unknown),
 }
@@ -151,10 +154,10 @@ pub(super) struct Wanted {
     pub(super) until: Lsn,
 }
 
-/// Takes a segment apart. `next` is the segment that follows, where there is one. What the `newer` log makes irrelevant is
-/// left out, as far as that was read.
+/// Takes a segment apart. `next` is the first part of the segment that follows, where there is one. What the `newer` log makes
+/// irrelevant is left out, as far as that was read.
 pub(super) fn decode_segment(
-    wal: &[u8],
+    wal: &mut StoredWal<'_>,
     next: Option<&[u8]>,
     span: SegmentSpan,
     expected: Expected<'_>,
@@ -162,14 +165,39 @@ pub(super) fn decode_segment(
     newer: &Newer,
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
-    let stream = RecordStream::new(wal, span, expected, None).map_err(DecodeError::Damage)?;
+    let mut decoded = pools.take();
+    decoded.clear();
+    let major = read_records(wal, next, span, expected, wanted, &mut decoded);
+    // Where it cannot be decompressed, the log seems to end.
+    if let Some(fault) = wal.fault() {
+        return Err(DecodeError::Stored(fault));
+    }
+    let major = major?;
+    decoded.leave_out(newer);
+    let wal = wal.reached();
+    let packed = decoded.pack(major, |seen, bytes| {
+        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
+        copy_record(wal, next, at, seen.bytes, bytes)
+    });
+    packed.map_err(DecodeError::Damage)?;
+    Ok(decoded)
+}
+
+/// Reads what a segment's records do; the major version whose format they have.
+fn read_records(
+    wal: &mut StoredWal<'_>,
+    next: Option<&[u8]>,
+    span: SegmentSpan,
+    expected: Expected<'_>,
+    wanted: Wanted,
+    decoded: &mut Decoded,
+) -> Result<PgMajor, DecodeError> {
+    let stream = RecordStream::new(wal, span, expected, None).map_err(DecodeError::Damage)?.leaving_images();
     let mut stream = match next {
         Some(next) => stream.with_next(next),
         None => stream,
     };
     let major = stream.major();
-    let mut decoded = pools.take();
-    decoded.clear();
     loop {
         match stream.next_record().map_err(DecodeError::Damage)? {
             Next::Record(record) if record.start >= wanted.until => break,
@@ -183,13 +211,7 @@ pub(super) fn decode_segment(
             Next::End(_) => break,
         }
     }
-    decoded.leave_out(newer);
-    let packed = decoded.pack(major, |seen, bytes| {
-        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
-        copy_record(wal, next, at, seen.bytes, bytes)
-    });
-    packed.map_err(DecodeError::Damage)?;
-    Ok(decoded)
+    Ok(major)
 }
 
 /// Takes one record apart that was put together elsewhere.
@@ -251,7 +273,7 @@ impl Decoded {
         }
         let noted = self.deeds.get_mut(before..).unwrap_or_default();
         if !noted.is_empty() {
-            let (bytes, xid) = (record.bytes().len(), record.header.xid);
+            let (bytes, xid) = (record.header.total_bytes as usize, record.header.xid);
             self.seen.push(Seen { start: record.start, end: record.end, xid, bytes });
             if bytes <= SHORT_BYTES && record.image_bytes() == 0 {
                 noted.iter_mut().for_each(|noted| noted.pack(record, &mut self.packed));

@@ -296,15 +296,17 @@ impl Keeper {
         Log { spill: self.spill, stretches: self.complete, settings: self.settings, records: self.records }
     }
 
-    /// Moves buffers to the file, the long ones first, until a quarter of the memory is free.
+    /// Moves buffers to the file, the long ones first, until a part of the memory is free: so little that the threads that take
+    /// segments apart have enough to do until then.
     fn make_room(&mut self) -> io::Result<()> {
-        let enough = self.memory.saturating_sub(self.memory / 4);
+        let enough = self.memory.saturating_sub(self.memory / 32);
         for least in [CHUNK_BYTES, CHUNK_BYTES / 16, 1] {
             for kept in self.complete.iter_mut().chain([&mut self.kept]) {
                 let forks = kept.relations.values_mut().flat_map(|r| &mut r.0);
                 let chains = forks.flat_map(|fork| fork.parts.values_mut());
                 for chain in chains.chain([&mut kept.state]).filter(|chain| chain.buffered() >= least) {
-                    let freed = chain.flush(&self.spill, &mut self.idle)?;
+                    let wanted = self.buffered.saturating_sub(enough);
+                    let freed = chain.flush(wanted, &self.spill, &mut self.idle)?;
                     self.buffered = self.buffered.saturating_sub(freed);
                     if self.buffered <= enough {
                         return Ok(());

@@ -19,6 +19,7 @@ use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::selection::Selection;
 use super::decode::{Unknown, Wanted};
 use super::keep::{Keeper, PART_BLOCKS};
+use super::scan::UNDER_WAY;
 use super::spill::Spill;
 use super::{ForwardError, Ready, scan};
 use crate::plan::Plan;
@@ -237,12 +238,13 @@ impl Forward {
         self.mode
     }
 
-    /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as much again
-    /// for what its records do; while pages are written, ranges of them do.
+    /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as it is stored,
+    /// as it is, and for what its records do; while pages are written, ranges of them do.
     fn budget(&self, threads: usize) -> usize {
         let segment = self.segments.first().map_or(0, |s| s.entry.info.size.bytes());
-        let segments = threads.saturating_mul(3).saturating_add(3) as u64;
-        let reading = segments.saturating_mul(segment).saturating_mul(2);
+        let under_way = threads.saturating_add(UNDER_WAY).saturating_add(1);
+        let segments = under_way.saturating_mul(3).saturating_add(threads) as u64;
+        let reading = segments.saturating_mul(segment);
         let writing =
             (threads as u64).saturating_mul(u64::from(PART_BLOCKS)).saturating_mul(BLOCK_BYTES as u64);
         let others = usize::try_from(reading.max(writing)).unwrap_or(usize::MAX);

@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use waltide_format::Lsn;
+use waltide_format::archive::StoredWal;
 use waltide_format::engines::postgres::wal::{Expected, Record, SegmentSpan};
 use waltide_storage::Progress;
 
@@ -17,8 +19,12 @@ use super::newer::Newer;
 use super::point::LogSegment;
 use super::pool::{Pool, Pooled};
 
+/// So many segments more than there are threads are being taken apart, or wait for what their records do to be added.
+pub(super) const UNDER_WAY: usize = 2;
+/// So much of the segment that follows is read for the end of a record. Of a longer one it is read again.
+const END_BYTES: usize = 64 << 10;
+
 type Taken = Result<Pooled<Decoded>, DecodeError>;
-type Bytes = Arc<Pooled<Vec<u8>>>;
 
 /// Keeps what matters of the records in a range of the log.
 pub(super) async fn scan(
@@ -33,29 +39,28 @@ pub(super) async fn scan(
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))
         .collect();
-    let (buffers, pools) = (&Pool::default(), Pools::default());
-    // A segment is also read for the end of a record that begins in the one before.
+    let pools = (Pool::default(), Pool::default(), Pools::default());
     let read = |number: usize| async move {
-        let Some(segment) = segments.get(number) else { return Ok((number, Arc::default())) };
-        let mut wal = buffers.take();
-        *wal = indexes.wal_into(&segment.entry, std::mem::take(&mut *wal)).await?;
-        Ok::<_, SearchError>((number, Arc::new(wal)))
+        let Some(segment) = segments.get(number) else { return Ok((number, Bytes::new())) };
+        Ok::<_, SearchError>((number, indexes.object(&segment.entry).await?))
     };
-    let mut wals = stream::iter(numbers).map(read).buffered(threads.max(1));
+    let mut objects = stream::iter(numbers).map(read).buffered(threads.max(1));
     let mut next: Option<(usize, Bytes)> = None;
     let mut taking: VecDeque<(Wal, tokio::task::JoinHandle<Taken>)> = VecDeque::new();
     loop {
-        let wal: Option<(usize, Bytes)> = wals.try_next().await?;
-        let more = wal.is_some();
-        if let Some((number, wal)) = wal {
-            let after = next.take().filter(|(n, _)| *n == number.saturating_add(1)).map(|(_, wal)| wal);
-            next = Some((number, Arc::clone(&wal)));
-            let (segments, pools) = (Arc::clone(segments), pools.clone());
-            let wal = Wal { segments, number, here: wal, after, wanted, pools };
+        let object = objects.try_next().await?;
+        let more = object.is_some();
+        if let Some((number, here)) = object {
+            // A segment is also read for the end of a record that begins in the one before.
+            let after = next.take().filter(|(n, _)| *n == number.saturating_add(1)).map(|(_, object)| object);
+            next = Some((number, here.clone()));
+            let (segments, (buffers, ends, pools)) = (Arc::clone(segments), pools.clone());
+            let wal = Wal { segments, number, here, after, wanted, buffers, ends, pools };
             let (task, newer) = (wal.clone(), keeper.newer().clone());
             taking.push_back((wal, tokio::task::spawn_blocking(move || task.take(&newer))));
         }
-        while taking.len() > if more { threads } else { 0 } {
+        // While what one segment's records do is added, the others are taken apart.
+        while taking.len() > if more { threads.saturating_add(UNDER_WAY) } else { 0 } {
             let Some((wal, handle)) = taking.pop_front() else { break };
             let Some(segment) = segments.get(wal.number) else { continue };
             let taken = handle.await.expect("taking a segment apart does not panic");
@@ -87,6 +92,9 @@ struct Wal {
     here: Bytes,
     after: Option<Bytes>,
     wanted: Wanted,
+    /// Memory for segments, and for the first parts of those that follow.
+    buffers: Pool<Vec<u8>>,
+    ends: Pool<Vec<u8>>,
     pools: Pools,
 }
 
@@ -99,13 +107,28 @@ impl Wal {
         };
         let expected = Expected { major: Some(info.major), ..Expected::default() };
         let wanted = Wanted { until: self.wanted.until.min(segment.usable_end), ..self.wanted };
-        let after = self.after.as_ref().map(|wal| wal.as_slice());
-        decode_segment(&self.here, after, span, expected, wanted, newer, &self.pools)
+        // What is wrong with the segment that follows was told when that was taken apart.
+        let mut end = self.ends.take();
+        let after = self.after.as_ref().and_then(|object| {
+            let mut wal = StoredWal::open(object, std::mem::take(&mut *end)).ok()?;
+            wal.reach(END_BYTES).ok()?;
+            *end = wal.into_bytes();
+            Some(end.as_slice())
+        });
+        let mut buffer = self.buffers.take();
+        let mut wal =
+            StoredWal::open(&self.here, std::mem::take(&mut *buffer)).map_err(DecodeError::Stored)?;
+        let decoded = decode_segment(&mut wal, after, span, expected, wanted, newer, &self.pools);
+        *buffer = wal.into_bytes();
+        decoded
     }
 }
 
 fn failed(e: DecodeError, segment: &LogSegment) -> ForwardError {
     match e {
+        DecodeError::Stored(source) => {
+            SearchError::Damaged { path: segment.entry.path.clone(), source }.into()
+        }
         DecodeError::Damage(source) => SearchError::Wal { path: segment.entry.path.clone(), source }.into(),
         DecodeError::Unknown(unknown) => unknown.into(),
     }

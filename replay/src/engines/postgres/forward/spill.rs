@@ -153,11 +153,18 @@ impl Chain {
         more
     }
 
-    /// Moves what is buffered to the file; how much memory that gives back.
-    pub(super) fn flush(&mut self, spill: &Spill, idle: &mut Idle) -> io::Result<usize> {
-        let freed = self.buffered();
-        for mut piece in std::mem::take(&mut self.pieces) {
-            self.chunks.push(spill.put(&piece)?);
+    /// Moves what is buffered to the file, piece by piece, until so much memory is free; how much that gives back.
+    pub(super) fn flush(&mut self, wanted: usize, spill: &Spill, idle: &mut Idle) -> io::Result<usize> {
+        let (mut freed, mut count) = (0usize, 0usize);
+        for piece in &self.pieces {
+            if freed >= wanted {
+                break;
+            }
+            self.chunks.push(spill.put(piece)?);
+            freed = freed.saturating_add(piece.bytes.capacity());
+            count = count.saturating_add(1);
+        }
+        for mut piece in self.pieces.drain(..count) {
             if piece.bytes.capacity() == CHUNK_BYTES && idle.0.len() < IDLE_MAX {
                 piece.bytes.clear();
                 idle.0.push(piece.bytes);
@@ -351,10 +358,15 @@ mod tests {
         (any::<u8>(), length).prop_map(|(byte, length)| vec![byte; length])
     }
 
+    /// Now and then something is moved to the file, all or less.
+    fn flush() -> impl Strategy<Value = Option<usize>> {
+        proptest::option::weighted(0.1, prop_oneof![Just(usize::MAX), 1usize..400_000])
+    }
+
     proptest! {
         #[test]
         fn what_was_added_newest_first_comes_back_oldest_first(
-            entries in proptest::collection::vec((place(), how(), any::<u32>(), record(), prop::bool::weighted(0.1)), 0..40)
+            entries in proptest::collection::vec((place(), how(), any::<u32>(), record(), flush()), 0..40)
         ) {
             let dir = tempfile::tempdir().unwrap();
             let spill = Spill::new(dir.path()).unwrap();
@@ -370,8 +382,8 @@ mod tests {
                 let (start, end) = ((*start).into(), (*end).into());
                 let entry = Entry { start, end, xid: (*xid).into(), how: *how, block, packed };
                 buffered += chain.push(&entry, &mut idle);
-                if *flush {
-                    buffered -= chain.flush(&spill, &mut idle).unwrap();
+                if let Some(wanted) = flush {
+                    buffered -= chain.flush(*wanted, &spill, &mut idle).unwrap();
                 }
                 prop_assert_eq!(chain.buffered(), buffered);
                 expected.insert(0, (start, end, entry.xid, *how, block, packed.clone()));
@@ -402,7 +414,7 @@ mod tests {
             let (mut chain, mut idle) = (Chain::default(), Idle::default());
             let entry = Entry { start: 8.into(), end: 16.into(), xid: 3.into(), how: How::Block(0), block: 1, packed: &[7; 5000] };
             chain.push(&entry, &mut idle);
-            chain.flush(&spill, &mut idle).unwrap();
+            chain.flush(1, &spill, &mut idle).unwrap();
             spill.file.write_all_at(&[7 ^ 1 << bit], at as u64).unwrap();
             let read = chain.oldest_first(&spill, |_| -> io::Result<()> { Ok(()) });
             prop_assert_eq!(read.unwrap_err().to_string(), "what was set aside of the log does not read back");
