@@ -62,7 +62,7 @@ fn start(cli: Cli) -> Result<(), Failure> {
     output::start_log(&cli.global);
     let mut builder = match &cli.command {
         // A few looks and one file: it starts no more threads than work on that.
-        Command::Push(_) => Builder::new_current_thread(),
+        Command::Push(_) | Command::Fetch(_) => Builder::new_current_thread(),
         _ => Builder::new_multi_thread(),
     };
     let runtime = builder

@@ -15,10 +15,10 @@ use waltide_format::archive::{
     WalObject,
 };
 use waltide_format::engines::postgres::wal::{Damage, Expected, Next, RecordStream, SegmentSpan};
-use waltide_format::{Corrupt, Lsn, Reader, SegmentName, SystemId, WalFileName};
+use waltide_format::{Corrupt, Lsn, Reader, SegmentName, SegmentSize, SystemId, WalFileName};
 use waltide_storage::{Archive, ArchiveUrl, Bytes, StorageError};
 
-use super::queue::{Filled, Queue, ReadAhead, Wanted, remove_unfinished};
+use super::queue::{Durable, Filled, Queue, ReadAhead, Wanted, remove_unfinished};
 
 /// The largest segment, stored as it is, and its index.
 pub(crate) const SEGMENT_OBJECT_BYTES_MAX: u64 = (1 << 30) + (256 << 20);
@@ -198,7 +198,7 @@ impl Fetcher {
         if let Some(queue) = &queue
             && let Some(bytes) = queue.take(name, &dest).map_err(local)?
         {
-            let size = waltide_format::SegmentSize::new(bytes);
+            let size = SegmentSize::new(bytes);
             let ahead =
                 size.and_then(|size| next_ahead(queue, Wanted { after: name, size, system }, request));
             return Ok(Fetched { bytes, from_queue: true, ahead });
@@ -234,7 +234,8 @@ impl Fetcher {
             let info = &segment.index.info;
             let final_copy = matches!(info.ending, Ending::Full | Ending::Switch) && info.size == wanted.size;
             let whole = segment.wal.len() as u64 == info.size.bytes();
-            match final_copy && whole && queue.put(name, &segment.wal, request.ahead).map_err(local)? {
+            let put = || queue.put(name, &segment.wal, request.ahead, Durable::Now).map_err(local);
+            match final_copy && whole && put()? {
                 true => Ok(count.saturating_add(1)),
                 false => Err(FetchError::NotThere { path: layout.wal_file(WalFileName::Segment(name)) }),
             }
@@ -246,11 +247,11 @@ impl Fetcher {
     }
 
     /// Puts segments into the queue of a data directory, in order, before a server starts on it: as many as it may hold.
-    /// What they are is checked as for [`Fetcher::fetch`].
+    /// What they are is checked as for [`Fetcher::fetch`]. Who calls it syncs them.
     pub(super) async fn fill(
         &self,
         request: &FetchRequest,
-        system: SystemId,
+        (system, size): (SystemId, SegmentSize),
         filled: Filled,
         segments: &[SegmentName],
     ) -> Result<u64, FetchError> {
@@ -258,35 +259,45 @@ impl Fetcher {
         let local =
             |source| FetchError::Local { doing: "fill the queue for", path: request.dest.clone(), source };
         let layout = self.layout.system(system);
+        let limit = usize::try_from(request.ahead.count(size)).unwrap_or(usize::MAX);
+        let _lock = queue.lock().map_err(local)?;
+        queue.note_filled(filled).map_err(local)?;
         let bring = |name: &SegmentName| {
-            let (layout, name) = (&layout, *name);
+            let (layout, queue, name, ahead) = (&layout, queue.clone(), *name, request.ahead);
             async move {
-                let of = WalFileName::Segment(name);
-                Ok::<_, FetchError>((name, self.segment(layout, system, of).await?))
+                let segment = self.segment(layout, system, WalFileName::Segment(name)).await?;
+                let put = move || {
+                    let info = &segment.index.info;
+                    // A longer copy of one whose log ends inside may come before recovery does.
+                    let settled = matches!(info.ending, Ending::Full | Ending::Switch);
+                    let whole = segment.wal.len() as u64 == info.size.bytes();
+                    match settled && whole {
+                        true => queue.put(name, &segment.wal, ahead, Durable::Later),
+                        false => Ok(false),
+                    }
+                };
+                Ok::<_, FetchError>(tokio::task::spawn_blocking(put).await.expect("putting does not panic"))
             }
         };
-        let limit = usize::try_from(request.ahead.segments).unwrap_or(usize::MAX);
         let brought = futures_util::stream::iter(segments.iter().take(limit)).map(bring);
         let mut brought = std::pin::pin!(brought.buffered(AHEAD_AT_ONCE));
-        let mut lock = None;
-        let mut count = 0u64;
-        while let Some((name, segment)) = brought.try_next().await? {
-            let info = &segment.index.info;
-            // A longer copy of one whose log ends inside may come before recovery does.
-            let settled = matches!(info.ending, Ending::Full | Ending::Switch);
-            if !settled || segment.wal.len() as u64 != info.size.bytes() {
-                break;
-            }
-            if lock.is_none() {
-                lock = queue.lock().map_err(local)?;
-                queue.note_filled(filled).map_err(local)?;
-            }
-            if !queue.put(name, &segment.wal, request.ahead).map_err(local)? {
+        let mut count = 0usize;
+        while let Some(put) = brought.try_next().await? {
+            if !put.map_err(local)? {
                 break;
             }
             count = count.saturating_add(1);
         }
-        Ok(count)
+        // Recovery ends with the last segment there is, and asks for it again, more than once.
+        let last = segments.last().filter(|_| count == segments.len());
+        if let Some(last) = last.and_then(|name| name.start(size)) {
+            let filled = Filled { again_until: filled.again_until.max(last), ..filled };
+            queue.note_filled(filled).map_err(local)?;
+        }
+        if count == 0 {
+            queue.clear();
+        }
+        Ok(count as u64)
     }
 
     /// Whether the queue that such a request has may take what it may.
@@ -482,12 +493,17 @@ fn check_records(wal: &[u8], info: &SegmentInfo) -> Result<(), Damage> {
     let system_ids = [info.system_id];
     let timeline = Some(info.name.timeline());
     let expected = Expected { system_ids: &system_ids, major: Some(info.major), timeline, history: None };
-    let mut stream = RecordStream::new(wal, span, expected, None)?;
+    let mut stream = RecordStream::new(wal, span, expected, None)?.leaving_images();
     while let Next::Record(_) = stream.next_record()? {}
     Ok(())
 }
 
 fn next_ahead(queue: &Queue, wanted: Wanted, request: &FetchRequest) -> Option<Wanted> {
+    // What a restore put there lasts for a while.
+    let next = wanted.after.next(wanted.size);
+    if queue.is_asked_again(wanted.after, wanted.size) && next.is_some_and(|next| queue.holds(next)) {
+        return None;
+    }
     queue.tidy(wanted.after, wanted.size, request.ahead);
     let count = request.ahead.count(wanted.size);
     let following = std::iter::successors(wanted.after.next(wanted.size), |n| n.next(wanted.size));

@@ -6,11 +6,12 @@
 //!
 //! A restore fills it before there is a server. Recovery first asks for history files, then for the checkpoint's segment,
 //! then for those from the redo point on, the checkpoint's among them once more: until it is past that, nothing is
-//! given away for good. A note beside the entries says so.
+//! given away for good. Nor is what a restore put there where that is all there is: recovery asks for the last segment
+//! again, more than once, before it ends. A note beside the entries says so.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,8 @@ const LOCK: &str = "lock";
 const FILLED: &str = "filled";
 /// There as long as no segment was asked for since.
 const UNASKED: &str = "unasked";
+/// So much of an entry is in memory at once.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// How far to read ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +71,17 @@ pub(crate) struct Filled {
     pub(crate) again_until: Lsn,
 }
 
+/// When an entry is safe from a crash of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durable {
+    /// Before it has its name.
+    Now,
+    /// Once everything around it is synced: no server has seen it before.
+    Later,
+}
+
 /// The queue of one pg_wal, as filled from one source.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Queue {
     dir: PathBuf,
     source: String,
@@ -131,7 +143,7 @@ impl Queue {
     }
 
     /// Whether recovery comes back to a segment after it was given it.
-    fn is_asked_again(&self, name: SegmentName, size: SegmentSize) -> bool {
+    pub(crate) fn is_asked_again(&self, name: SegmentName, size: SegmentSize) -> bool {
         let start = name.start(size);
         self.filled().is_some_and(|filled| start.is_some_and(|start| start <= filled.again_until))
     }
@@ -150,15 +162,15 @@ impl Queue {
         let _ = fs::remove_file(self.dir.join(UNASKED));
     }
 
-    /// Hands a segment over under the name `dest` and says whether it was there: moved, or copied where recovery comes
-    /// back to it. One whose bytes are not what they were is removed.
+    /// Hands a segment over under the name `dest` and says whether it was there: moved, or kept as well where recovery
+    /// comes back to it. One whose bytes are not what they were is removed.
     pub(crate) fn take(&self, name: SegmentName, dest: &Path) -> io::Result<Option<u64>> {
         for entry in self.entries().into_iter().filter(|e| e.name == name && e.source == self.source) {
             let size = SegmentSize::new(entry.bytes);
-            let wal = fs::read(&entry.path)?;
-            if let Some(size) = size.filter(|_| crc32fast::hash(&wal) == entry.crc) {
+            let crc = File::open(&entry.path).and_then(crc_of)?;
+            if let Some(size) = size.filter(|_| crc == entry.crc) {
                 match self.is_asked_again(name, size) {
-                    true => self.copy(&wal, dest)?,
+                    true => self.share(&entry.path, dest)?,
                     false => fs::rename(&entry.path, dest)?,
                 }
                 return Ok(Some(entry.bytes));
@@ -169,18 +181,29 @@ impl Queue {
         Ok(None)
     }
 
-    /// Writes a segment, whole or not at all.
-    fn copy(&self, wal: &[u8], dest: &Path) -> io::Result<()> {
+    /// Gives a segment a second name, whole or not at all. PostgreSQL reads what it was given; should it come to write there
+    /// after all, the checksum tells. A file system that knows no second names gets a copy.
+    fn share(&self, entry: &Path, dest: &Path) -> io::Result<()> {
         let unfinished = self.dir.join(format!("copy.tmp-{}", std::process::id()));
-        let mut options = fs::OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
-        file.write_all(wal)?;
-        file.sync_data()?;
-        fs::rename(&unfinished, dest)
+        let _ = fs::remove_file(&unfinished);
+        if fs::hard_link(entry, &unfinished).is_err() {
+            fs::copy(entry, &unfinished)?;
+            File::open(&unfinished)?.sync_data()?;
+        }
+        fs::rename(&unfinished, dest)?;
+        // Two names of one file are both still there.
+        let _ = fs::remove_file(&unfinished);
+        Ok(())
     }
 
     /// Puts a whole, checked segment down. False where the queue holds as much as it may or was taken away.
-    pub(crate) fn put(&self, name: SegmentName, wal: &[u8], limit: ReadAhead) -> io::Result<bool> {
+    pub(crate) fn put(
+        &self,
+        name: SegmentName,
+        wal: &[u8],
+        limit: ReadAhead,
+        durable: Durable,
+    ) -> io::Result<bool> {
         let held = self.entries().iter().fold(0u64, |sum, e| sum.saturating_add(e.bytes));
         if held.saturating_add(wal.len() as u64) > limit.bytes || !self.dir.is_dir() {
             return Ok(false);
@@ -189,7 +212,9 @@ impl Queue {
         let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished);
         let written = file.and_then(|mut file| {
             file.write_all(wal)?;
-            file.sync_data()?;
+            if durable == Durable::Now {
+                file.sync_data()?;
+            }
             let name = format!("{name}.{}.{:08x}", self.source, crc32fast::hash(wal));
             fs::rename(&unfinished, self.dir.join(name))
         });
@@ -247,6 +272,19 @@ impl Queue {
     }
 }
 
+/// The checksum of what is left of a file, read piece by piece.
+fn crc_of(mut file: File) -> io::Result<u32> {
+    let (mut hasher, mut piece) = (crc32fast::Hasher::new(), vec![0; PIECE_BYTES]);
+    loop {
+        match file.read(&mut piece) {
+            Ok(0) => return Ok(hasher.finalize()),
+            Ok(read) => hasher.update(piece.get(..read).unwrap_or_default()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// Removes `<stem>*.tmp-<pid>` in `dir` where that process is gone.
 pub(crate) fn remove_unfinished(dir: &Path, stem: &str) {
     let Ok(found) = fs::read_dir(dir) else { return };
@@ -263,6 +301,8 @@ pub(crate) fn remove_unfinished(dir: &Path, stem: &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
 
     const LIMIT: ReadAhead = ReadAhead { segments: 4, bytes: 4 << 20 };
@@ -295,7 +335,7 @@ mod tests {
         let lock = queue.lock().unwrap().unwrap();
         assert!(queue.lock().unwrap().is_none(), "one process fills it");
         drop(lock);
-        assert!(queue.put(name(5), &wal(5), LIMIT).unwrap());
+        assert!(queue.put(name(5), &wal(5), LIMIT, Durable::Now).unwrap());
         let dest = dir.path().join("pg_wal/RECOVERYXLOG");
         let other = Queue::beside(&dest, dir.path(), "b").unwrap();
         assert_eq!(other.take(name(5), &dest).unwrap(), None);
@@ -309,7 +349,7 @@ mod tests {
         let (dir, queue) = place();
         queue.lock().unwrap().unwrap();
         for damage in [|b: &mut Vec<u8>| b[777] ^= 1, |b: &mut Vec<u8>| b.truncate(1 << 19)] {
-            queue.put(name(5), &wal(5), LIMIT).unwrap();
+            queue.put(name(5), &wal(5), LIMIT, Durable::Now).unwrap();
             let entry = queue.entries().remove(0).path;
             let mut bytes = fs::read(&entry).unwrap();
             damage(&mut bytes);
@@ -323,9 +363,10 @@ mod tests {
     #[test]
     fn the_queue_is_bounded_and_what_was_passed_is_removed() {
         let (_dir, queue) = place();
-        assert!(!queue.put(name(1), &wal(1), LIMIT).unwrap(), "there is no queue yet");
+        assert!(!queue.put(name(1), &wal(1), LIMIT, Durable::Now).unwrap(), "there is no queue yet");
         queue.lock().unwrap().unwrap();
-        let kept: Vec<_> = (1..8).map(|n| queue.put(name(n), &wal(1), LIMIT).unwrap()).collect();
+        let kept: Vec<_> =
+            (1..8).map(|n| queue.put(name(n), &wal(1), LIMIT, Durable::Now).unwrap()).collect();
         assert_eq!(kept, [true, true, true, true, false, false, false]);
         fs::write(queue.dir.join(format!("{}.tmp-{}", name(3), i32::MAX)), "x").unwrap();
         queue.tidy(name(3), size(), LIMIT);
@@ -336,20 +377,36 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_that_was_written_to_under_its_other_name_is_not_handed_over_again() {
+        let (dir, queue) = place();
+        drop(queue.lock().unwrap().unwrap());
+        queue.note_filled(Filled { timeline: TimelineId::FIRST, again_until: (5 << 20).into() }).unwrap();
+        assert!(queue.put(name(5), &wal(5), LIMIT, Durable::Later).unwrap());
+        let (dest, given) = (dir.path().join("pg_wal/RECOVERYXLOG"), dir.path().join("pg_wal/5"));
+        assert_eq!(queue.take(name(5), &dest).unwrap(), Some(1 << 20));
+        fs::rename(&dest, &given).unwrap();
+        assert_eq!(queue.take(name(5), &dest).unwrap(), Some(1 << 20));
+        fs::write(&given, wal(6)).unwrap();
+        assert_eq!(queue.take(name(5), &dest).unwrap(), None);
+        assert_eq!(names_of(&queue), []);
+    }
+
+    fn names_of(queue: &Queue) -> Vec<SegmentName> {
+        let mut names: Vec<_> = queue.entries().iter().map(|e| e.name).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
     fn what_a_restore_put_there_is_kept_until_recovery_is_past_it() {
         let (dir, queue) = place();
         let dest = dir.path().join("pg_wal/RECOVERYXLOG");
         let timeline = |n| TimelineId::new(n).unwrap();
-        let names = |queue: &Queue| {
-            let mut names: Vec<_> = queue.entries().iter().map(|e| e.name).collect();
-            names.sort();
-            names
-        };
         drop(queue.lock().unwrap().unwrap());
         // Redo begins in 3, the checkpoint's record lies in 4.
         queue.note_filled(Filled { timeline: timeline(2), again_until: (5 << 20).into() }).unwrap();
         for n in 3..7 {
-            assert!(queue.put(name(n), &wal(1), LIMIT).unwrap());
+            assert!(queue.put(name(n), &wal(1), LIMIT, Durable::Now).unwrap());
         }
         for n in [2, 3] {
             queue.history_asked(timeline(n));
@@ -357,13 +414,18 @@ mod tests {
         for n in [4, 3, 4, 5] {
             queue.segment_asked();
             assert_eq!(queue.take(name(n), &dest).unwrap(), Some(1 << 20), "{n}");
+            assert_eq!(fs::metadata(&dest).unwrap().nlink(), 2, "{n}");
+            // It may still lie there.
+            assert_eq!(queue.take(name(n), &dest).unwrap(), Some(1 << 20), "{n}");
+            assert!(fs::read(&dest).unwrap() == wal(1));
+            assert_eq!(fs::read_dir(&queue.dir).unwrap().count(), 4 + 2, "nothing unfinished: {n}");
             queue.tidy(name(n), size(), LIMIT);
             queue.history_asked(timeline(2));
-            assert_eq!(names(&queue), [3, 4, 5, 6].map(name), "{n}");
+            assert_eq!(names_of(&queue), [3, 4, 5, 6].map(name), "{n}");
         }
         assert_eq!(queue.take(name(6), &dest).unwrap(), Some(1 << 20));
         queue.tidy(name(6), size(), LIMIT);
-        assert_eq!(names(&queue), []);
+        assert_eq!(names_of(&queue), []);
         assert!(queue.dir.exists());
         // Recovery looks for the number of its own timeline.
         queue.history_asked(timeline(3));

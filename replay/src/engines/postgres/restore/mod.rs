@@ -353,7 +353,7 @@ impl Restore {
         // The checkpoint's record may run over the edge of its segment.
         let again_until = replayed.checkpoint.saturating_add(size.bytes());
         let filled = Filled { timeline: self.plan.timeline, again_until };
-        let count = self.fetcher.fill(&request, self.plan.system_id, filled, &left).await?;
+        let count = self.fetcher.fill(&request, (self.plan.system_id, size), filled, &left).await?;
         blocking(|| place.own_everything_below("pg_wal"))?;
         Ok(count)
     }
