@@ -2,25 +2,29 @@
 
 use std::cmp::Reverse;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, mpsc};
 
-use waltide_format::engines::postgres::cluster::{ControlFile, data_page, relation_path, version_directory};
+use waltide_format::engines::postgres::cluster::{ControlFile, relation_path, version_directory};
 use waltide_format::engines::postgres::wal::Record;
 use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
 use waltide_storage::Progress;
 
 use super::super::redo::{self, Page};
-use super::ForwardError;
 use super::decode::How;
 use super::keep::{Fork, Kept, Log, PART_BLOCKS};
 use super::spill::{Chain, Entry};
+use super::{ForwardError, Place};
 
 /// So many pages go to a file at once.
 const WRITE_PAGES: usize = 128;
+/// A file to which so many went goes on to the disk while others are written.
+const SYNC_PAGES: u64 = 512;
+/// So many files wait for that. Any more are left for the end.
+const SYNCING: usize = 64;
 
 /// What the files are like.
 #[derive(Debug, Clone)]
@@ -31,13 +35,16 @@ pub(super) struct Files {
     file_blocks: u32,
     control: ControlFile,
     mode: u32,
+    /// Whether all of them are synced in the end.
+    durable: bool,
 }
 
 impl Files {
-    pub(super) fn new(data_dir: &Path, control: ControlFile, mode: u32) -> Self {
+    pub(super) fn new(place: &Place<'_>, control: ControlFile) -> Self {
+        let &Place { data_dir, mode, durable, .. } = place;
         let version = version_directory(control.major, control.catalog_version);
         let file_blocks = control.relation_file_blocks.max(1);
-        Self { data_dir: data_dir.to_owned(), version, file_blocks, control, mode }
+        Self { data_dir: data_dir.to_owned(), version, file_blocks, control, mode, durable }
     }
 
     fn path(&self, relation: RelFileLocator, fork: ForkNumber, segment: u32) -> PathBuf {
@@ -128,23 +135,34 @@ pub(super) fn pages(
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (pages, read) = (AtomicU64::new(0), AtomicU64::new(0));
     let first_error = Mutex::new(None);
+    let fail = |e| {
+        failed.store(true, Ordering::Relaxed);
+        first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+    };
     std::thread::scope(|scope| {
+        let (syncing, to_sync) = mpsc::sync_channel::<(File, PathBuf)>(SYNCING);
+        let (work, fail, next, failed, pages, read) = (&work, &fail, &next, &failed, &pages, &read);
+        scope.spawn(move || {
+            for (file, path) in to_sync {
+                file.sync_data().unwrap_or_else(|e| fail(ForwardError::io("sync", &path)(e)));
+            }
+        });
         for _ in 0..threads.max(1) {
-            scope.spawn(|| {
+            let syncing = syncing.clone();
+            scope.spawn(move || {
                 let mut room = Room::default();
                 while !failed.load(Ordering::Relaxed) {
                     let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
                     match range.apply(&mut room) {
-                        Ok(written) => {
+                        Ok((written, file, path)) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
                             progress.advance(range.bytes);
+                            if files.durable && written.pages >= SYNC_PAGES {
+                                let _ = syncing.try_send((file, path));
+                            }
                         }
-                        Err(e) => {
-                            failed.store(true, Ordering::Relaxed);
-                            let mut first = first_error.lock().unwrap_or_else(|e| e.into_inner());
-                            first.get_or_insert(e);
-                        }
+                        Err(e) => fail(e),
                     }
                 }
             });
@@ -264,8 +282,6 @@ struct Range<'a> {
 struct Room {
     /// A place for each block, as far as the last that is changed.
     pages: Vec<Option<Changing>>,
-    /// Neighbours that are written together.
-    buffer: Vec<u8>,
 }
 
 /// A page on its way.
@@ -275,7 +291,8 @@ struct Changing {
 }
 
 impl Range<'_> {
-    fn apply(&self, room: &mut Room) -> Result<Written, ForwardError> {
+    /// What was written, and to which file.
+    fn apply(&self, room: &mut Room) -> Result<(Written, File, PathBuf), ForwardError> {
         let Part { files, log, relation, fork, number, chain } = self.part;
         let part = number.saturating_mul(PART_BLOCKS);
         let first = self.blocks.start;
@@ -288,7 +305,7 @@ impl Range<'_> {
         let at = |block: BlockNumber| {
             u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
         };
-        let Room { pages, buffer } = room;
+        let Room { pages } = room;
         pages.clear();
         let mut blocks = Vec::new();
         let mut read = 0u64;
@@ -323,10 +340,8 @@ impl Range<'_> {
             };
             self.change(&entry, &record, anew, changing)
         })?;
-        let changed = (first..).zip(&*pages).filter_map(|(block, page)| Some((block, page.as_ref()?)));
-        let written =
-            self.write(&file, &path, changed.filter(|(_, changing)| changing.changed), buffer, at)?;
-        Ok(Written { pages: written, read })
+        let written = self.write(&file, pages, at).map_err(ForwardError::io("write", &path))?;
+        Ok((Written { pages: written, read }, file, path))
     }
 
     fn change(
@@ -366,40 +381,64 @@ impl Range<'_> {
     }
 
     /// Writes what was changed, neighbours together; how many pages.
-    fn write<'c>(
+    fn write(
         &self,
         file: &File,
-        path: &Path,
-        pages: impl Iterator<Item = (BlockNumber, &'c Changing)>,
-        buffer: &mut Vec<u8>,
+        pages: &mut [Option<Changing>],
         at: impl Fn(BlockNumber) -> u64,
-    ) -> Result<u64, ForwardError> {
-        buffer.clear();
-        let (mut begins, mut ends, mut count) = (0, 0, 0u64);
-        let put = |buffer: &mut Vec<u8>, begins| {
-            let done = file.write_all_at(buffer, begins).map_err(ForwardError::io("write", path));
-            buffer.clear();
-            done
-        };
-        for (block, Changing { page, .. }) in pages {
-            let place = at(block);
-            if place != ends || buffer.len() >= WRITE_PAGES * BLOCK_BYTES {
-                put(buffer, begins)?;
-                begins = place;
+    ) -> io::Result<u64> {
+        let first = self.blocks.start;
+        if self.part.files.control.has_data_checksums() {
+            for (block, place) in (first..).zip(&mut *pages) {
+                if let Some(Changing { page, changed: true }) = place
+                    && !page.is_new()
+                {
+                    page.set_checksum(block);
+                }
             }
-            buffer.extend_from_slice(page.bytes());
-            if self.part.files.control.has_data_checksums()
-                && !page.is_new()
-                && let Some(bytes) = buffer.last_chunk_mut()
-            {
-                data_page::set_checksum(bytes, block);
-            }
-            ends = place.saturating_add(BLOCK_BYTES as u64);
-            count = count.saturating_add(1);
         }
-        put(buffer, begins)?;
+        let changed = |place: &Option<Changing>| place.as_ref().is_some_and(|place| place.changed);
+        let (mut block, mut count) = (first, 0u64);
+        for run in pages.chunk_by(|a, b| changed(a) == changed(b)) {
+            for run in run.chunks(WRITE_PAGES) {
+                let neighbours: Vec<_> = run
+                    .iter()
+                    .flatten()
+                    .filter(|place| place.changed)
+                    .map(|place| IoSlice::new(place.page.bytes()))
+                    .collect();
+                write_all_at(file, &neighbours, at(block))?;
+                count = count.saturating_add(neighbours.len() as u64);
+                block = block.saturating_add(u32::try_from(run.len()).unwrap_or(u32::MAX));
+            }
+        }
         Ok(count)
     }
+}
+
+/// Writes pages that lie side by side.
+fn write_all_at(file: &File, pages: &[IoSlice<'_>], at: u64) -> io::Result<()> {
+    let (mut pages, mut at) = (pages, at);
+    while !pages.is_empty() {
+        let written = match rustix::io::pwritev(file, pages, at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => written,
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let (whole, more) = (written / BLOCK_BYTES, written % BLOCK_BYTES);
+        pages = pages.get(whole..).unwrap_or_default();
+        at = at.saturating_add(written as u64);
+        // A page of which a part was written is written on from there, and then the rest.
+        if more > 0
+            && let Some(page) = pages.first()
+        {
+            file.write_all_at(page.get(more..).unwrap_or_default(), at)?;
+            at = at.saturating_add(BLOCK_BYTES.saturating_sub(more) as u64);
+            pages = pages.get(1..).unwrap_or_default();
+        }
+    }
+    Ok(())
 }
 
 /// A page of a file; zeros behind its end.

@@ -185,6 +185,8 @@ pub(super) struct Place<'a> {
     /// Permission bits of new files.
     pub(super) mode: u32,
     pub(super) threads: usize,
+    /// Whether all files are synced afterwards: much is then on its way to the disk already.
+    pub(super) durable: bool,
 }
 
 impl Ready {
@@ -209,7 +211,7 @@ impl Ready {
         let kept = self.log.stretches.iter().map(keep::Kept::page_bytes);
         progress.phase("replay", Some(kept.fold(0, u64::saturating_add)));
         let control = ControlFile::decode(place.control)?;
-        let files = apply::Files::new(place.data_dir, control, place.mode);
+        let files = apply::Files::new(place, control);
         let mut state = State::open(place.data_dir, place.tablespaces, &control)?;
         let (mut changes, mut written) = (0u64, apply::Written::default());
         for kept in &self.log.stretches {

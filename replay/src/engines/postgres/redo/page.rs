@@ -1,6 +1,7 @@
 //! What redo does to a page: line pointers and items put in, taken out, moved together. Every position is checked
 //! before it is used, so that no page and no record can do more than be refused.
 
+use waltide_format::engines::postgres::cluster::data_page;
 use waltide_format::{BLOCK_BYTES, BlockNumber, Corrupt, Lsn};
 
 pub(super) const HEADER_BYTES: usize = 24;
@@ -108,6 +109,11 @@ impl Page {
 
     pub(super) fn bytes_mut(&mut self) -> &mut [u8; BLOCK_BYTES] {
         &mut self.0
+    }
+
+    /// Sets `pd_checksum`, which depends on the block that it is written to.
+    pub fn set_checksum(&mut self, block: BlockNumber) {
+        data_page::set_checksum(&mut self.0, block);
     }
 
     /// Whether it was never written: `pd_upper` is zero.

@@ -495,6 +495,7 @@ impl Restore {
             control,
             mode: if group { 0o640 } else { 0o600 },
             threads: self.options.threads,
+            durable: !self.options.files_only,
         };
         let done = ready.apply(&forward_place, progress)?;
         place.own_everything().map_err(|e| match e {
