@@ -180,6 +180,31 @@ fn a_page_made_anew_behind_a_copy_of_its_database_is_copied_as_it_was() {
     Twice { site, backup }.assert_same(&lsn, &[]);
 }
 
+/// The same, with the page made anew much later, in a segment that is read long before that of the copy: what was passed over
+/// there is needed after all.
+#[test]
+fn a_page_made_anew_long_after_a_copy_of_its_database_is_copied_as_it_was() {
+    let site = Site::new("forward-late");
+    let builder = site.builder("db").settings(load::SETTINGS).setting("autovacuum", "off").segment_mb(1);
+    let cluster = site.start(builder);
+    load::prepare(&cluster);
+    cluster.query("create database source");
+    let source = |sql: &str| cluster.sql("source", sql).unwrap();
+    source("create table t as select n, 0 changed from generate_series(1, 100) n");
+    let backup = site.back_up(&cluster);
+    cluster.query("checkpoint");
+    source("update t set changed = 1");
+    cluster.query("create database copied template source strategy file_copy");
+    for n in 1..16 {
+        cluster.query("select pg_switch_wal()");
+        cluster.query(&format!("create table later_{n} ()"));
+    }
+    cluster.query("checkpoint");
+    source("update t set changed = 2");
+    let lsn = checkpoint_and_more(&cluster, &mut Chance::new());
+    Twice { site, backup }.assert_same(&lsn, &[]);
+}
+
 /// How many positions of a long run are gone to: `WALTIDE_TARGETS`, else a few.
 fn targets() -> u64 {
     std::env::var("WALTIDE_TARGETS").map_or(4, |n| n.parse().expect("a number of targets"))

@@ -12,7 +12,11 @@ use crate::error::Corrupt;
 pub struct StoredWal<'a> {
     object: &'a [u8],
     directory: SegmentDirectory,
+    /// What is there of it, from the byte `begin` on.
     wal: Vec<u8>,
+    begin: usize,
+    /// How much of what was asked for stays there.
+    kept: usize,
     /// The first chunk that was not asked for.
     next: usize,
     fault: Option<Corrupt>,
@@ -28,7 +32,15 @@ impl<'a> StoredWal<'a> {
         let directory = SegmentDirectory::decode(object, object_bytes)?;
         let directory =
             directory.map_err(|needed| Corrupt::too_large("directory", 0, needed, object_bytes))?;
-        Ok(Self { object, directory, wal, next: 0, fault: None, decompressor: Decompressor::default() })
+        let (begin, kept, next, fault) = (0, usize::MAX, 0, None);
+        Ok(Self { object, directory, wal, begin, kept, next, fault, decompressor: Decompressor::default() })
+    }
+
+    /// Keeps no more than `bytes` of what was read before, and the chunk that is being read: so little that it stays in the
+    /// processor's caches.
+    #[must_use]
+    pub fn keeping(self, bytes: usize) -> Self {
+        Self { kept: bytes, ..self }
     }
 
     /// Where everything lies.
@@ -38,12 +50,15 @@ impl<'a> StoredWal<'a> {
 
     /// Decompresses up to byte `end` of the WAL at least, or to its end where that is before.
     pub fn reach(&mut self, end: usize) -> Result<(), Corrupt> {
-        while self.wal.len() < end
+        while self.end() < end
             && let Some(chunk) = self.directory.chunks.get(self.next)
         {
             if let Some(fault) = self.fault {
                 return Err(fault);
             }
+            let cut = self.wal.len().saturating_sub(self.kept);
+            self.wal.drain(..cut);
+            self.begin = self.begin.saturating_add(cut);
             let read = chunk.read_onto(&mut self.wal, self.object, "chunk", &mut self.decompressor);
             read.inspect_err(|fault| self.fault = Some(*fault))?;
             self.next = self.next.saturating_add(1);
@@ -51,9 +66,14 @@ impl<'a> StoredWal<'a> {
         Ok(())
     }
 
-    /// What was decompressed so far.
-    pub fn reached(&self) -> &[u8] {
-        &self.wal
+    /// As far as it was decompressed.
+    fn end(&self) -> usize {
+        self.begin.saturating_add(self.wal.len())
+    }
+
+    /// What is there of what was decompressed so far, and where it begins.
+    pub fn reached(&self) -> (usize, &[u8]) {
+        (self.begin, &self.wal)
     }
 
     /// The damage that was met, which kept what is behind it from being read.
@@ -61,7 +81,7 @@ impl<'a> StoredWal<'a> {
         self.fault
     }
 
-    /// What was decompressed.
+    /// What is there of what was decompressed.
     pub fn into_bytes(self) -> Vec<u8> {
         self.wal
     }
@@ -74,7 +94,7 @@ impl WalBytes for StoredWal<'_> {
 
     fn part(&mut self, range: Range<usize>) -> Option<&[u8]> {
         self.reach(range.end).ok()?;
-        self.wal.get(range)
+        self.wal.get(range.start.checked_sub(self.begin)?..range.end.checked_sub(self.begin)?)
     }
 }
 
@@ -98,7 +118,7 @@ mod tests {
         let wal = wal(3 * CHUNK_BYTES + 9);
         let object = stored(&wal);
         let mut read = StoredWal::open(&object, b"before".to_vec()).unwrap();
-        assert_eq!((read.length(), read.reached()), (wal.len(), &[][..]));
+        assert_eq!((read.length(), read.reached()), (wal.len(), (0, &[][..])));
         for (range, reached) in [
             (0..CHUNK_BYTES, CHUNK_BYTES),
             (5..6, CHUNK_BYTES),
@@ -106,10 +126,26 @@ mod tests {
             (3 * CHUNK_BYTES..wal.len(), wal.len()),
         ] {
             assert_eq!(read.part(range.clone()), wal.get(range));
-            assert_eq!(read.reached().len(), reached);
+            assert_eq!(read.reached().1.len(), reached);
         }
         assert_eq!(read.part(wal.len()..wal.len() + 1), None);
         assert_eq!((read.fault(), read.into_bytes()), (None, wal));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_was_said() {
+        let wal = wal(3 * CHUNK_BYTES);
+        let object = stored(&wal);
+        let mut read = StoredWal::open(&object, Vec::new()).unwrap().keeping(100);
+        assert_eq!(read.part(0..CHUNK_BYTES), wal.get(..CHUNK_BYTES));
+        assert_eq!(
+            read.part(CHUNK_BYTES - 100..CHUNK_BYTES + 1),
+            wal.get(CHUNK_BYTES - 100..CHUNK_BYTES + 1)
+        );
+        assert_eq!(read.reached(), (CHUNK_BYTES - 100, &wal[CHUNK_BYTES - 100..2 * CHUNK_BYTES]));
+        assert_eq!(read.part(CHUNK_BYTES - 101..CHUNK_BYTES), None);
+        assert_eq!(read.part(wal.len() - 1..wal.len()), wal.last_chunk::<1>().map(|b| &b[..]));
+        assert_eq!((read.reached().0, read.fault()), (2 * CHUNK_BYTES - 100, None));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
     SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, copy_record, implicit_vm_blocks,
 };
-use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator, Writer, Xid};
+use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer, Xid};
 
 use super::super::redo;
 use super::newer::Newer;
@@ -15,8 +15,8 @@ use super::pool::{Pool, Pooled};
 /// No record that changes pages has more data than this besides theirs: what they do to their pages fits a page or two. It
 /// is kept for each of its pages.
 const MAIN_DATA_MAX: usize = 64 << 10;
-/// A record without images that is not longer is packed as it is met: to look at it twice takes longer.
-const SHORT_BYTES: usize = 512;
+/// So much of the WAL before a place is at hand while that is read: a record with an image of each of 33 blocks.
+const KEPT_BYTES: usize = 288 << 10;
 /// Of what is kept for no page.
 pub(super) const NO_RELATION: RelFileLocator = RelFileLocator { spc_oid: 0, db_oid: 0, rel_number: 0 };
 
@@ -99,8 +99,18 @@ pub(super) struct Noted {
     pub(super) deed: Deed,
     /// The record's place among those that were seen.
     record: usize,
-    /// What is packed of it: from where on, and how many bytes; none yet where that is zero.
+    /// What is packed of it: from where on, and how many bytes.
     packed: (usize, usize),
+}
+
+/// What came of a record.
+enum Added {
+    /// What it does was packed, or is irrelevant.
+    Packed,
+    /// Its images, which matter, are still to be read, and then it is packed.
+    Images(Seen),
+    /// It needs what was passed over.
+    TooLate,
 }
 
 /// What a segment's records do, in their order.
@@ -117,6 +127,8 @@ pub(super) struct Decoded {
     pub(super) count: u64,
     /// What was left out is of no use to this stretch of the log, counted from its end.
     pub(super) stretch: usize,
+    /// Something of no use to it was passed over.
+    passed_over: bool,
 }
 
 /// Where what segments were taken apart with waits for the next.
@@ -154,87 +166,129 @@ pub(super) struct Wanted {
     pub(super) until: Lsn,
 }
 
-/// Takes a segment apart. `next` is the first part of the segment that follows, where there is one. What the `newer` log makes
-/// irrelevant is left out, as far as that was read.
+/// A segment as it is stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source<'a> {
+    /// The object.
+    pub(super) object: &'a [u8],
+    /// The first part of the segment that follows, where there is one.
+    pub(super) next: Option<&'a [u8]>,
+    pub(super) span: SegmentSpan,
+    pub(super) expected: Expected<'a>,
+}
+
+/// Takes a segment apart. `buffer` is memory for its WAL. What the `newer` log makes irrelevant is left out, as far as that
+/// was read.
 pub(super) fn decode_segment(
-    wal: &mut StoredWal<'_>,
-    next: Option<&[u8]>,
-    span: SegmentSpan,
-    expected: Expected<'_>,
+    source: Source<'_>,
+    buffer: &mut Vec<u8>,
+    wanted: Wanted,
+    newer: &Newer,
+    pools: &Pools,
+) -> Result<Pooled<Decoded>, DecodeError> {
+    decode_keeping(KEPT_BYTES, source, buffer, wanted, newer, pools)
+}
+
+/// The same, with so many bytes of the WAL before a place at hand while that is read.
+fn decode_keeping(
+    kept: usize,
+    source: Source<'_>,
+    buffer: &mut Vec<u8>,
     wanted: Wanted,
     newer: &Newer,
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
     let mut decoded = pools.take();
-    decoded.clear();
-    let major = read_records(wal, next, span, expected, wanted, &mut decoded);
-    // Where it cannot be decompressed, the log seems to end.
-    if let Some(fault) = wal.fault() {
-        return Err(DecodeError::Stored(fault));
+    // The second time nothing is passed over before all is known.
+    for (kept, known) in [(kept, Some(newer)), (usize::MAX, None)] {
+        decoded.clear();
+        decoded.stretch = newer.read().stretch();
+        let wal = StoredWal::open(source.object, std::mem::take(buffer)).map_err(DecodeError::Stored)?;
+        let mut wal = wal.keeping(kept);
+        let read = read_records(&mut wal, source, wanted, known, &mut decoded);
+        let fault = wal.fault();
+        *buffer = wal.into_bytes();
+        // Where it cannot be decompressed, the log seems to end.
+        if let Some(fault) = fault {
+            return Err(DecodeError::Stored(fault));
+        }
+        match read? {
+            Read::All => break,
+            Read::Again => {}
+        }
     }
-    let major = major?;
     decoded.leave_out(newer);
-    let wal = wal.reached();
-    let packed = decoded.pack(major, |seen, bytes| {
-        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
-        copy_record(wal, next, at, seen.bytes, bytes)
-    });
-    packed.map_err(DecodeError::Damage)?;
     Ok(decoded)
 }
 
-/// Reads what a segment's records do; the major version whose format they have.
+/// What came of reading a segment.
+enum Read {
+    All,
+    /// It has to be read once more: something was passed over that is needed after all, or is no longer at hand.
+    Again,
+}
+
+/// Reads what a segment's records do, without those images that the `newer` log makes irrelevant.
 fn read_records(
     wal: &mut StoredWal<'_>,
-    next: Option<&[u8]>,
-    span: SegmentSpan,
-    expected: Expected<'_>,
+    Source { next, span, expected, .. }: Source<'_>,
     wanted: Wanted,
+    newer: Option<&Newer>,
     decoded: &mut Decoded,
-) -> Result<PgMajor, DecodeError> {
+) -> Result<Read, DecodeError> {
     let stream = RecordStream::new(wal, span, expected, None).map_err(DecodeError::Damage)?.leaving_images();
     let mut stream = match next {
         Some(next) => stream.with_next(next),
         None => stream,
     };
     let major = stream.major();
+    let (mut bytes, mut blocks) = (Vec::new(), Vec::new());
     loop {
-        match stream.next_record().map_err(DecodeError::Damage)? {
-            Next::Record(record) if record.start >= wanted.until => break,
-            Next::Record(record) if record.start < wanted.from => {}
-            Next::Record(record) => decoded.add(&record).map_err(DecodeError::Unknown)?,
+        let added = match stream.next_record().map_err(DecodeError::Damage)? {
+            Next::Record(record) if record.start >= wanted.until => return Ok(Read::All),
+            Next::Record(record) if record.start < wanted.from => continue,
+            Next::Record(record) => decoded.add(&record, newer).map_err(DecodeError::Unknown)?,
             Next::NeedMore(pending) => {
                 decoded.unfinished =
                     Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
-                break;
+                return Ok(Read::All);
             }
-            Next::End(_) => break,
-        }
+            Next::End(_) => return Ok(Read::All),
+        };
+        let seen = match added {
+            Added::Packed => continue,
+            Added::Images(seen) => seen,
+            Added::TooLate => return Ok(Read::Again),
+        };
+        let (begin, wal) = stream.source().reached();
+        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
+        let Some(at) = at.checked_sub(begin) else { return Ok(Read::Again) };
+        let changed =
+            |corrupt| DecodeError::Damage(Damage { lsn: seen.start, record: Some(seen.start), corrupt });
+        bytes.clear();
+        copy_record(wal, None, at, seen.bytes, &mut bytes)
+            .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, seen.bytes as u64)))?;
+        let record = Record::decode(&bytes, seen.start, seen.end, major, &mut blocks);
+        decoded.pack(&record.map_err(changed)?);
     }
-    Ok(major)
 }
 
 /// Takes one record apart that was put together elsewhere.
 pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
     let mut decoded = Decoded::default();
-    decoded.add(record).map_err(DecodeError::Unknown)?;
-    let packed = decoded.pack(record.major, |_, bytes| {
-        bytes.extend_from_slice(record.bytes());
-        Some(())
-    });
-    packed.map_err(DecodeError::Damage)?;
+    decoded.add(record, None).map_err(DecodeError::Unknown)?;
     Ok(decoded)
 }
 
 impl Decoded {
     /// Forgets everything, and keeps the memory.
     fn clear(&mut self) {
-        let Self { seen, deeds, packed, settings, unfinished, count, stretch } = self;
+        let Self { seen, deeds, packed, settings, unfinished, count, stretch, passed_over } = self;
         seen.clear();
         deeds.clear();
         packed.clear();
         settings.clear();
-        (*unfinished, *count, *stretch) = (None, 0, 0);
+        (*unfinished, *count, *stretch, *passed_over) = (None, 0, 0, false);
     }
 
     /// The record of something that was noted, and what is packed of it.
@@ -244,7 +298,8 @@ impl Decoded {
         Some((*self.seen.get(noted.record)?, packed))
     }
 
-    fn add(&mut self, record: &Record<'_>) -> Result<(), Unknown> {
+    /// Takes note of what a record does, and packs it. Images that the `newer` log makes irrelevant are passed over.
+    fn add(&mut self, record: &Record<'_>, newer: Option<&Newer>) -> Result<Added, Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
         let before = self.deeds.len();
@@ -271,15 +326,33 @@ impl Decoded {
                 self.note(Deed::State);
             }
         }
-        let noted = self.deeds.get_mut(before..).unwrap_or_default();
-        if !noted.is_empty() {
-            let (bytes, xid) = (record.header.total_bytes as usize, record.header.xid);
-            self.seen.push(Seen { start: record.start, end: record.end, xid, bytes });
-            if bytes <= SHORT_BYTES && record.image_bytes() == 0 {
-                noted.iter_mut().for_each(|noted| noted.pack(record, &mut self.packed));
-            }
+        if self.deeds.get(before..).unwrap_or_default().iter().any(Noted::is_copy) && self.passed_over {
+            return Ok(Added::TooLate);
         }
-        Ok(())
+        if record.image_bytes() > 0
+            && let Some(newer) = newer
+        {
+            self.pass_over(before, newer);
+        }
+        if self.deeds.len() == before {
+            return Ok(Added::Packed);
+        }
+        let bytes = record.header.total_bytes as usize;
+        let seen = Seen { start: record.start, end: record.end, xid: record.header.xid, bytes };
+        self.seen.push(seen);
+        if record.bytes().len() < bytes {
+            return Ok(Added::Images(seen));
+        }
+        self.pack(record);
+        Ok(Added::Packed)
+    }
+
+    /// Passes over those deeds, from the one of that number on, that the newer log makes irrelevant.
+    fn pass_over(&mut self, first: usize, newer: &Newer) {
+        let newer = newer.read();
+        let is_irrelevant =
+            |noted: &mut Noted| matches!(noted.deed, Deed::Page { tag, .. } if newer.makes_anew(tag));
+        self.passed_over |= self.deeds.extract_if(first.., is_irrelevant).count() > 0;
     }
 
     /// Of the record that is about to be seen.
@@ -351,35 +424,23 @@ impl Decoded {
         }
         let mut matters = matters.into_iter();
         self.deeds.retain(|_| matters.next().unwrap_or(true));
-        self.stretch = newer.stretch();
     }
 
-    /// Packs what is left and was not packed at once; `read` puts a record's bytes behind what it is given.
-    fn pack(
-        &mut self,
-        major: PgMajor,
-        mut read: impl FnMut(Seen, &mut Vec<u8>) -> Option<()>,
-    ) -> Result<(), Damage> {
+    /// Packs the record that was seen last.
+    fn pack(&mut self, record: &Record<'_>) {
         let Self { seen, deeds, packed, .. } = self;
-        let (mut bytes, mut blocks, mut at_hand) = (Vec::new(), Vec::new(), None);
-        let is_left = |noted: &&mut Noted| noted.packed.1 == 0 && noted.deed.needs_record();
-        for noted in deeds.iter_mut().filter(is_left) {
-            let Some(seen) = seen.get(noted.record).copied() else { continue };
-            let changed = |corrupt| Damage { lsn: seen.start, record: Some(seen.start), corrupt };
-            if at_hand != Some(noted.record) {
-                bytes.clear();
-                read(seen, &mut bytes)
-                    .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, seen.bytes as u64)))?;
-                at_hand = Some(noted.record);
-            }
-            let record = Record::decode(&bytes, seen.start, seen.end, major, &mut blocks);
-            noted.pack(&record.map_err(changed)?, packed);
+        let last = seen.len().saturating_sub(1);
+        for noted in deeds.iter_mut().rev().take_while(|noted| noted.record == last) {
+            noted.pack(record, packed);
         }
-        Ok(())
     }
 }
 
 impl Noted {
+    const fn is_copy(&self) -> bool {
+        matches!(self.deed, Deed::Copy(_))
+    }
+
     fn pack(&mut self, record: &Record<'_>, packed: &mut Writer) {
         if self.deed.needs_record() {
             let (from, (own, relation)) = (packed.len(), self.deed.own());
@@ -392,4 +453,96 @@ impl Noted {
 /// A record of a kind that does not decode is as unknown as one of no known kind.
 fn decoded<T>(found: Option<Result<T, Corrupt>>, unknown: &Unknown) -> Result<Option<T>, Unknown> {
     found.transpose().map_err(|_| unknown.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+    use waltide_format::archive::encode_segment;
+    use waltide_format::engines::postgres::scan::{ScanContext, scan_segment};
+    use waltide_format::{SegmentName, SegmentSize};
+
+    use super::*;
+
+    /// The golden segments of 15, as they are stored, with the places in the log where they begin.
+    fn golden() -> Vec<(Lsn, Vec<u8>)> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/wal/15");
+        let name = |entry: std::fs::DirEntry| {
+            let name = entry.file_name().into_string().unwrap();
+            Some((name.strip_suffix(".zst")?.parse::<SegmentName>().ok()?, entry.path()))
+        };
+        let mut found: Vec<_> = dir.read_dir().unwrap().filter_map(|entry| name(entry.unwrap())).collect();
+        found.sort();
+        let stored = found.into_iter().map(|(name, path)| {
+            let wal = zstd::decode_all(std::fs::File::open(path).unwrap()).unwrap();
+            let size = SegmentSize::new(wal.len() as u64).unwrap();
+            let scan = scan_segment(wal.as_slice(), &ScanContext::new(name, size)).unwrap();
+            (name.start(size).unwrap(), encode_segment(&wal, &scan.index, 1, 1))
+        });
+        stored.collect()
+    }
+
+    /// Everything that is known of what a segment does.
+    fn told(decoded: &Decoded) -> Vec<(Deed, Lsn, Lsn, Xid, Vec<u8>)> {
+        let deeds = decoded.deeds.iter();
+        let record = |noted: &Noted| {
+            let (seen, packed) = decoded.record(noted).unwrap();
+            (noted.deed, seen.start, seen.end, seen.xid, packed.to_vec())
+        };
+        deeds.map(record).collect()
+    }
+
+    fn taken(segments: &[(Lsn, Vec<u8>)], number: usize, kept: usize, newer: &Newer) -> Decoded {
+        let (start, object) = &segments[number];
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let mut next = segments.get(number + 1).map(|(_, o)| StoredWal::open(o, Vec::new()).unwrap());
+        let next = next.as_mut().map(|next| {
+            next.reach(1).unwrap();
+            next.reached().1
+        });
+        let span = SegmentSpan::containing(*start, size).unwrap();
+        let source = Source { object, next, span, expected: Expected::default() };
+        let wanted = Wanted { from: Lsn::ZERO, until: Lsn::MAX };
+        let (mut buffer, pools) = (Vec::new(), Pools::default());
+        let mut decoded = decode_keeping(kept, source, &mut buffer, wanted, newer, &pools).unwrap();
+        std::mem::take(&mut *decoded)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        /// However much of the WAL is at hand, and whatever the newer log makes irrelevant.
+        #[test]
+        fn a_segment_does_the_same_however_it_is_read(
+            kept in prop_oneof![Just(0usize), Just(8192), Just(KEPT_BYTES)],
+            irrelevant in proptest::collection::vec(any::<prop::sample::Index>(), 0..300),
+        ) {
+            let segments = golden();
+            let (mut images, mut left_out) = (0, 0);
+            for number in 0..segments.len() {
+                let newer = Newer::default();
+                let all = told(&taken(&segments, number, usize::MAX, &newer));
+                images += all.iter().filter(|(deed, ..)| matches!(deed, Deed::Page { anew: true, .. })).count();
+                prop_assert!(told(&taken(&segments, number, kept, &newer)) == all, "{} {}", number, kept);
+                for index in &irrelevant {
+                    if let (Deed::Page { tag, .. }, ..) = index.get(&all) {
+                        newer.write().made_anew_mut().insert(*tag);
+                    }
+                }
+                // To a copy matters what the newer log makes irrelevant to everything else.
+                let copy = all.iter().rposition(|(deed, ..)| matches!(deed, Deed::Copy(_))).unwrap_or(0);
+                let is_left = |number: usize, deed: &Deed| {
+                    number < copy || !matches!(deed, Deed::Page { tag, .. } if newer.read().makes_anew(*tag))
+                };
+                let left = all.iter().enumerate().filter(|(number, (deed, ..))| is_left(*number, deed));
+                let left: Vec<_> = left.map(|(_, told)| told.clone()).collect();
+                left_out += all.len() - left.len();
+                prop_assert!(told(&taken(&segments, number, kept, &newer)) == left, "{} {}", number, kept);
+            }
+            prop_assert!(images > 40, "{} images", images);
+            prop_assert!(irrelevant.len() < 200 || left_out > 50, "{} left out", left_out);
+        }
+    }
 }

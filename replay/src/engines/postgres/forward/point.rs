@@ -238,12 +238,12 @@ impl Forward {
         self.mode
     }
 
-    /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as it is stored,
-    /// as it is, and for what its records do; while pages are written, ranges of them do.
+    /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as it is stored
+    /// and for what its records do; while pages are written, ranges of them do.
     fn budget(&self, threads: usize) -> usize {
         let segment = self.segments.first().map_or(0, |s| s.entry.info.size.bytes());
         let under_way = threads.saturating_add(UNDER_WAY).saturating_add(1);
-        let segments = under_way.saturating_mul(3).saturating_add(threads) as u64;
+        let segments = under_way.saturating_mul(2).saturating_add(threads) as u64;
         let reading = segments.saturating_mul(segment);
         let writing =
             (threads as u64).saturating_mul(u64::from(PART_BLOCKS)).saturating_mul(BLOCK_BYTES as u64);

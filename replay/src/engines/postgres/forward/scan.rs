@@ -13,7 +13,7 @@ use waltide_storage::Progress;
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::restore::blocking;
 use super::ForwardError;
-use super::decode::{DecodeError, Decoded, Pools, Wanted, decode_record, decode_segment};
+use super::decode::{DecodeError, Decoded, Pools, Source, Wanted, decode_record, decode_segment};
 use super::keep::{Keeper, Log};
 use super::newer::Newer;
 use super::point::LogSegment;
@@ -109,18 +109,14 @@ impl Wal {
         let wanted = Wanted { until: self.wanted.until.min(segment.usable_end), ..self.wanted };
         // What is wrong with the segment that follows was told when that was taken apart.
         let mut end = self.ends.take();
-        let after = self.after.as_ref().and_then(|object| {
+        let next = self.after.as_ref().and_then(|object| {
             let mut wal = StoredWal::open(object, std::mem::take(&mut *end)).ok()?;
             wal.reach(END_BYTES).ok()?;
             *end = wal.into_bytes();
             Some(end.as_slice())
         });
-        let mut buffer = self.buffers.take();
-        let mut wal =
-            StoredWal::open(&self.here, std::mem::take(&mut *buffer)).map_err(DecodeError::Stored)?;
-        let decoded = decode_segment(&mut wal, after, span, expected, wanted, newer, &self.pools);
-        *buffer = wal.into_bytes();
-        decoded
+        let source = Source { object: &self.here, next, span, expected };
+        decode_segment(source, &mut self.buffers.take(), wanted, newer, &self.pools)
     }
 }
 
