@@ -6,8 +6,8 @@
 
 use waltide_format::archive::{
     Envelope, ExtentMap, Footer, HEADER_BYTES, Header, MERGED_SECTIONS, Manifest, MergedDirectory,
-    MergedObject, MergedSection, ObjectKind, SegmentDetail, SegmentDirectory, StoredSegment, WalFile,
-    encode_segment,
+    MergedObject, MergedSection, ObjectKind, SegmentDetail, SegmentDirectory, StoredSegment, StoredWal,
+    WalFile, encode_segment,
 };
 use waltide_format::engines::postgres::catalogue::{
     CatalogueChange, CatalogueFiles, Fates, Follower, RelationMap, TablePattern, catalogue_changes,
@@ -24,8 +24,8 @@ use waltide_format::engines::postgres::scan::{
 use waltide_format::engines::postgres::wal::{
     DatabaseRecord, ExclusiveLocks, Expected, HeapTruncate, MultiXactRecord, Next, OriginRecord, PackedFor,
     Prepare, RECORD_HEADER_BYTES, Record, RecordStream, RelationMapUpdate, RowChange, RunningXactsRecord,
-    SegmentBytes, SegmentSpan, SlruRecord, SmgrRecord, TablespaceRecord, XactAssignment, XactRecord,
-    XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
+    SegmentBytes, SegmentSpan, SlruRecord, SmgrRecord, TablespaceRecord, WalBytes, XactAssignment,
+    XactRecord, XlogRecord, implicit_vm_blocks, make_tablespace_in_place,
 };
 use waltide_format::{
     BLOCK_BYTES, BlockNumber, Lsn, PgMajor, Reader, RelFileLocator, SegmentName, SegmentSize, TimelineId,
@@ -71,7 +71,16 @@ pub fn stored_segment(data: &[u8]) {
     object.extend_from_slice(body);
     let directory_bytes = usize::from(directory_bytes).min(object.len() - HEADER_BYTES);
     Footer::append(&mut object, directory_bytes as u32);
-    let _ = StoredSegment::decode(&object);
+    let whole = StoredSegment::decode(&object);
+    if let Ok(mut wal) = StoredWal::open(&object, Vec::new()).map(|wal| wal.keeping(8192)) {
+        for at in (0..wal.length().min(1 << 20)).step_by(4096) {
+            let end = wal.length().min(at + 4096);
+            let part = wal.part(at..end);
+            if let Ok(whole) = &whole {
+                assert_eq!(part, whole.wal.get(at..end));
+            }
+        }
+    }
     if let Ok(Ok(directory)) = SegmentDirectory::decode(&object, object.len() as u64) {
         let _ = directory.info(&object, object.len() as u64);
         let _ = directory.index(&object, object.len() as u64);
@@ -163,9 +172,38 @@ pub fn wal_stream(data: &[u8]) {
     let Some((&choice, body)) = data.split_first() else { return };
     let span = span();
     let bytes = put_right(choice, body);
-    let Ok(mut stream) = RecordStream::new(&bytes, span, Expected::default(), None) else { return };
-    while let Ok(Next::Record(record)) = stream.next_record() {
-        decode_all(&record);
+    let open = || RecordStream::new(&bytes, span, Expected::default(), None);
+    let (Ok(mut stream), Ok(leaving)) = (open(), open()) else { return };
+    let mut leaving = leaving.leaving_images();
+    loop {
+        match (stream.next_record(), leaving.next_record()) {
+            (Ok(Next::Record(record)), Ok(Next::Record(without))) => {
+                let same = |r: &Record<'_>| {
+                    (r.start, r.end, r.header, r.origin(), r.toplevel_xid(), r.image_bytes())
+                };
+                assert_eq!(same(&record), same(&without));
+                assert_eq!(record.main_data(), without.main_data());
+                let blocks =
+                    record.blocks().map(|b| (b.id, b.relation, b.block, b.data, b.makes_page_anew()));
+                assert!(blocks.eq(without.blocks().map(|b| (
+                    b.id,
+                    b.relation,
+                    b.block,
+                    b.data,
+                    b.makes_page_anew()
+                ))));
+                decode_all(&record);
+                decode_all(&without);
+            }
+            (Err(damage), other) => {
+                assert_eq!(Some(damage), other.err());
+                break;
+            }
+            (other, without) => {
+                assert_eq!(format!("{other:?}"), format!("{without:?}"));
+                break;
+            }
+        }
     }
     let _ = tell_segment(&bytes, span, Expected::default(), None, Lsn::MAX);
 }
