@@ -546,6 +546,42 @@ impl Drop for SmallPlace {
     }
 }
 
+/// Much more log than there is room, nearly all of it images of the same pages: of them the newest are set aside.
+#[test]
+fn images_of_a_page_count_once_for_the_room_that_is_needed() {
+    let site = Site::new("forward-images");
+    let Some(small) = SmallPlace::new(&site, 140) else { return };
+    let builder = site.builder("db").segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder.setting("max_wal_size", "8MB"));
+    cluster.query("create table t (id int primary key, changed int, filler text) with (fillfactor = 70)");
+    cluster.query("alter table t alter filler set storage plain");
+    cluster.query("insert into t select g, 0, repeat('x', 1000) from generate_series(1, 5000) g");
+    site.back_up(&cluster);
+    let begin = cluster.query("select pg_current_wal_insert_lsn()");
+    for n in 1..=24 {
+        cluster.query("checkpoint");
+        cluster.query(&format!("update t set changed = {n} where id % 5 = 0"));
+    }
+    let written =
+        cluster.query(&format!("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '{begin}')::bigint"));
+    assert!(written.parse::<u64>().unwrap() > 140 << 20, "{written}");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    let expected = cluster.query("select md5(string_agg(t::text, ',' order by id)) from t");
+    let dir = small.0.join("native");
+    let restore =
+        ["restore", "--archive-mode", "off", "--memory", "1MB", "--data-dir", dir.to_str().unwrap()];
+    let done = site.waltide.json(restore);
+    let replayed = &done["restored"]["replayed"];
+    assert!(replayed["spilled_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20), "{done}");
+    let mut restored = Cluster::with_data_dir("restored", &site.scratch, &dir);
+    restored.start();
+    restored.wait_promoted();
+    assert_eq!(restored.query("select md5(string_agg(t::text, ',' order by id)) from t"), expected);
+    drop(restored);
+    drop(small);
+}
+
 #[test]
 fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
     let site = Site::new("forward-room");

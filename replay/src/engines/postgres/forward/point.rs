@@ -241,10 +241,8 @@ impl Forward {
     /// What is left of the memory for what is kept: while the log is read, segments under way need some, each as it is stored
     /// and for what its records do; while pages are written, ranges of them do.
     fn budget(&self, threads: usize) -> usize {
-        let segment = self.segments.first().map_or(0, |s| s.entry.info.size.bytes());
-        let under_way = threads.saturating_add(UNDER_WAY).saturating_add(1);
-        let segments = under_way.saturating_mul(2).saturating_add(threads) as u64;
-        let reading = segments.saturating_mul(segment);
+        let segments = Self::under_way(threads).saturating_mul(2).saturating_add(threads as u64);
+        let reading = segments.saturating_mul(self.segment_bytes());
         let writing =
             (threads as u64).saturating_mul(u64::from(PART_BLOCKS)).saturating_mul(BLOCK_BYTES as u64);
         let others = usize::try_from(reading.max(writing)).unwrap_or(usize::MAX);
@@ -252,11 +250,27 @@ impl Forward {
         (self.memory.saturating_sub(others) / 4).saturating_mul(3).max(self.memory / 4)
     }
 
-    /// So many bytes may have to be set aside in a file: all of the log but what is kept in memory. Less where records are
-    /// made irrelevant by later ones, which is not known before they are read. What is packed of a record is shorter than
-    /// the record; only one that changes several pages can come out longer.
-    pub fn set_aside_max(&self, threads: usize) -> u64 {
-        self.wal_bytes().saturating_sub(self.budget(threads) as u64)
+    /// So many bytes may have to be set aside in a file, where the files have `file_bytes`: what is kept of the log, but for
+    /// what is kept in memory. Of a page's images that is the newest, beside those in segments that are taken apart at the
+    /// same time: no more than there are pages. Of all else it is less where records are made irrelevant by later ones,
+    /// which is not known before they are read. What is packed of a record is shorter than the record; only one that
+    /// changes several pages can come out longer.
+    pub fn set_aside_max(&self, threads: usize, file_bytes: u64) -> u64 {
+        let wal = self.wal_bytes();
+        let images = self.segments.iter().map(|segment| segment.entry.info.image_bytes);
+        let images = images.fold(0, u64::saturating_add).min(wal);
+        let at_once = Self::under_way(threads).saturating_mul(self.segment_bytes());
+        let kept = wal.saturating_sub(images).saturating_add(images.min(file_bytes.saturating_add(at_once)));
+        kept.saturating_sub(self.budget(threads) as u64)
+    }
+
+    fn segment_bytes(&self) -> u64 {
+        self.segments.first().map_or(0, |s| s.entry.info.size.bytes())
+    }
+
+    /// So many segments are being taken apart, or wait for what their records do to be added.
+    const fn under_way(threads: usize) -> u64 {
+        threads.saturating_add(UNDER_WAY).saturating_add(1) as u64
     }
 
     /// Bytes of log that are read.

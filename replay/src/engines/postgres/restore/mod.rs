@@ -851,7 +851,8 @@ fn no_room_to_set_aside(
     threads: usize,
 ) -> Result<Option<String>, PlaceError> {
     let (Replay::Native(forward), Some((data_dir, ..))) = (replay, rooms.first()) else { return Ok(None) };
-    let aside = (data_dir.clone(), forward.set_aside_max(threads), 0);
+    let file_bytes = rooms.iter().fold(0u64, |sum, (_, needed, _)| sum.saturating_add(*needed));
+    let aside = (data_dir.clone(), forward.set_aside_max(threads, file_bytes), 0);
     if forward.mode() == ReplayMode::Native || aside.1 == 0 {
         return Ok(None);
     }
