@@ -280,10 +280,11 @@ impl Fetcher {
             }
         };
         let brought = futures_util::stream::iter(segments.iter().take(limit)).map(bring);
-        let mut brought = std::pin::pin!(brought.buffered(AHEAD_AT_ONCE));
+        // All of them, as nobody may be writing any more when what lies there gets its owner.
+        let brought: Vec<_> = brought.buffered(AHEAD_AT_ONCE).collect().await;
         let mut count = 0usize;
-        while let Some(put) = brought.try_next().await? {
-            if !put.map_err(local)? {
+        for put in brought {
+            if !put?.map_err(local)? {
                 break;
             }
             count = count.saturating_add(1);
