@@ -256,10 +256,15 @@ impl Forward {
     /// which is not known before they are read. What is packed of a record is shorter than the record; only one that
     /// changes several pages can come out longer.
     pub fn set_aside_max(&self, threads: usize, file_bytes: u64) -> u64 {
-        let wal = self.wal_bytes();
-        let images = self.segments.iter().map(|segment| segment.entry.info.image_bytes);
+        let (wal, size) = (self.wal_bytes(), self.segment_bytes());
+        // Of a segment that is not read whole nobody knows how much of it is images.
+        let is_whole = |segment: &&LogSegment| {
+            let end = segment.start.saturating_add(size);
+            segment.start >= self.from && end <= segment.usable_end.min(self.point.redo)
+        };
+        let images = self.segments.iter().filter(is_whole).map(|segment| segment.entry.info.image_bytes);
         let images = images.fold(0, u64::saturating_add).min(wal);
-        let at_once = Self::under_way(threads).saturating_mul(self.segment_bytes());
+        let at_once = Self::under_way(threads).saturating_mul(size);
         let kept = wal.saturating_sub(images).saturating_add(images.min(file_bytes.saturating_add(at_once)));
         kept.saturating_sub(self.budget(threads) as u64)
     }
