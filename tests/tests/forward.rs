@@ -546,6 +546,18 @@ impl Drop for SmallPlace {
     }
 }
 
+/// The rows of the table `t`, summed up.
+fn rows(cluster: &Cluster) -> String {
+    cluster.query("select md5(string_agg(t::text, ',' order by id)) from t")
+}
+
+/// The cluster once its recovery has ended.
+fn promoted(mut cluster: Cluster) -> Cluster {
+    cluster.start();
+    cluster.wait_promoted();
+    cluster
+}
+
 /// Much more log than there is room, nearly all of it images of the same pages: of them the newest are set aside.
 #[test]
 fn images_of_a_page_count_once_for_the_room_that_is_needed() {
@@ -567,18 +579,14 @@ fn images_of_a_page_count_once_for_the_room_that_is_needed() {
     assert!(written.parse::<u64>().unwrap() > 140 << 20, "{written}");
     cluster.query("checkpoint");
     cluster.archive_all();
-    let expected = cluster.query("select md5(string_agg(t::text, ',' order by id)) from t");
+    let expected = rows(&cluster);
     let dir = small.0.join("native");
     let restore =
         ["restore", "--archive-mode", "off", "--memory", "1MB", "--data-dir", dir.to_str().unwrap()];
     let done = site.waltide.json(restore);
     let replayed = &done["restored"]["replayed"];
     assert!(replayed["spilled_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20), "{done}");
-    let mut restored = Cluster::with_data_dir("restored", &site.scratch, &dir);
-    restored.start();
-    restored.wait_promoted();
-    assert_eq!(restored.query("select md5(string_agg(t::text, ',' order by id)) from t"), expected);
-    drop(restored);
+    assert_eq!(rows(&promoted(Cluster::with_data_dir("restored", &site.scratch, &dir))), expected);
     drop(small);
 }
 
@@ -604,7 +612,7 @@ fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
     cluster.query("checkpoint");
     cluster.query("insert into t values (0, 'behind the checkpoint')");
     cluster.archive_all();
-    let expected = cluster.query("select md5(string_agg(t::text, ',' order by id)) from t");
+    let expected = rows(&cluster);
     let dir = small.0.join("native");
     let fixed = ["restore", "--archive-mode", "off", "--memory", "1MB", "--data-dir", dir.to_str().unwrap()];
     let failed = site.waltide.fails(1, fixed.iter().chain(&["--replay", "native"]));
@@ -620,11 +628,7 @@ fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
     assert!(std::fs::read_dir(&small.0).unwrap().next().is_none(), "nothing was written");
     let out = site.waltide.ok(fixed);
     assert!(!out.stdout.contains("replayed  "), "{out:?}");
-    let mut restored = Cluster::with_data_dir("restored", &site.scratch, &dir);
-    restored.start();
-    restored.wait_promoted();
-    assert_eq!(restored.query("select md5(string_agg(t::text, ',' order by id)) from t"), expected);
-    drop(restored);
+    assert_eq!(rows(&promoted(Cluster::with_data_dir("restored", &site.scratch, &dir))), expected);
     // Where there seems to be room, and no file may be so long after all, it is known when nothing is written yet.
     let dir = site.scratch.fresh_path("limited");
     let script = "trap '' XFSZ; ulimit -f 51200; exec \"$@\"";
@@ -634,10 +638,6 @@ fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
     let out = waltide.args(["--archive-mode", "off", "--data-dir", dir.to_str().unwrap()]).run().assert_ok();
     assert!(out.stderr.contains("what is set aside of the log could not be"), "{out:?}");
     assert!(out.stderr.contains("PostgreSQL replays everything"), "{out:?}");
-    let mut restored = Cluster::with_data_dir("limited", &site.scratch, &dir);
-    restored.start();
-    restored.wait_promoted();
-    assert_eq!(restored.query("select md5(string_agg(t::text, ',' order by id)) from t"), expected);
-    drop(restored);
+    assert_eq!(rows(&promoted(Cluster::with_data_dir("limited", &site.scratch, &dir))), expected);
     drop(small);
 }

@@ -150,10 +150,11 @@ pub(super) fn pages(
         for _ in 0..threads.max(1) {
             let syncing = syncing.clone();
             scope.spawn(move || {
-                let mut room = Room::default();
+                // Memory for one range after the other: so much that is new each time would cost much of the work.
+                let mut places = Vec::new();
                 while !failed.load(Ordering::Relaxed) {
                     let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
-                    match range.apply(&mut room) {
+                    match range.apply(&mut places) {
                         Ok((written, file, path)) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
@@ -277,13 +278,6 @@ struct Range<'a> {
     bytes: u64,
 }
 
-/// Memory that a thread has for one range after the other: so much that is new each time would cost much of the work.
-#[derive(Default)]
-struct Room {
-    /// A place for each block, as far as the last that is changed.
-    pages: Vec<Option<Changing>>,
-}
-
 /// A page on its way.
 struct Changing {
     page: Page,
@@ -291,8 +285,8 @@ struct Changing {
 }
 
 impl Range<'_> {
-    /// What was written, and to which file.
-    fn apply(&self, room: &mut Room) -> Result<(Written, File, PathBuf), ForwardError> {
+    /// What was written, and to which file. `pages` is memory: a place for each block, as far as the last that is changed.
+    fn apply(&self, pages: &mut Vec<Option<Changing>>) -> Result<(Written, File, PathBuf), ForwardError> {
         let Part { files, log, relation, fork, number, chain } = self.part;
         let part = number.saturating_mul(PART_BLOCKS);
         let first = self.blocks.start;
@@ -305,7 +299,6 @@ impl Range<'_> {
         let at = |block: BlockNumber| {
             u64::from(within.saturating_add(block.saturating_sub(first))).saturating_mul(BLOCK_BYTES as u64)
         };
-        let Room { pages } = room;
         pages.clear();
         let mut blocks = Vec::new();
         let mut read = 0u64;

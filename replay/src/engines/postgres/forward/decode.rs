@@ -15,8 +15,8 @@ use super::pool::{Pool, Pooled};
 /// No record that changes pages has more data than this besides theirs: what they do to their pages fits a page or two. It
 /// is kept for each of its pages.
 const MAIN_DATA_MAX: usize = 64 << 10;
-/// So much of the WAL before a place is at hand while that is read: a record with an image of each of 33 blocks.
-const KEPT_BYTES: usize = 288 << 10;
+/// A record with an image of each of 33 blocks is not longer.
+pub(super) const KEPT_BYTES: usize = 288 << 10;
 /// Of what is kept for no page.
 pub(super) const NO_RELATION: RelFileLocator = RelFileLocator { spc_oid: 0, db_oid: 0, rel_number: 0 };
 
@@ -175,6 +175,8 @@ pub(super) struct Source<'a> {
     pub(super) next: Option<&'a [u8]>,
     pub(super) span: SegmentSpan,
     pub(super) expected: Expected<'a>,
+    /// So much of its WAL before a place is at hand while that is read.
+    pub(super) kept: usize,
 }
 
 /// Takes a segment apart. `buffer` is memory for its WAL. What the `newer` log makes irrelevant is left out, as far as that
@@ -186,21 +188,9 @@ pub(super) fn decode_segment(
     newer: &Newer,
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
-    decode_keeping(KEPT_BYTES, source, buffer, wanted, newer, pools)
-}
-
-/// The same, with so many bytes of the WAL before a place at hand while that is read.
-fn decode_keeping(
-    kept: usize,
-    source: Source<'_>,
-    buffer: &mut Vec<u8>,
-    wanted: Wanted,
-    newer: &Newer,
-    pools: &Pools,
-) -> Result<Pooled<Decoded>, DecodeError> {
     let mut decoded = pools.take();
     // The second time nothing is passed over before all is known.
-    for (kept, known) in [(kept, Some(newer)), (usize::MAX, None)] {
+    for (kept, known) in [(source.kept, Some(newer)), (usize::MAX, None)] {
         decoded.clear();
         decoded.stretch = newer.read().stretch();
         let wal = StoredWal::open(source.object, std::mem::take(buffer)).map_err(DecodeError::Stored)?;
@@ -503,10 +493,10 @@ mod tests {
             next.reached().1
         });
         let span = SegmentSpan::containing(*start, size).unwrap();
-        let source = Source { object, next, span, expected: Expected::default() };
+        let source = Source { object, next, span, expected: Expected::default(), kept };
         let wanted = Wanted { from: Lsn::ZERO, until: Lsn::MAX };
         let (mut buffer, pools) = (Vec::new(), Pools::default());
-        let mut decoded = decode_keeping(kept, source, &mut buffer, wanted, newer, &pools).unwrap();
+        let mut decoded = decode_segment(source, &mut buffer, wanted, newer, &pools).unwrap();
         std::mem::take(&mut *decoded)
     }
 

@@ -13,7 +13,7 @@ use waltide_storage::Progress;
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::restore::blocking;
 use super::ForwardError;
-use super::decode::{DecodeError, Decoded, Pools, Source, Wanted, decode_record, decode_segment};
+use super::decode::{DecodeError, Decoded, KEPT_BYTES, Pools, Source, Wanted, decode_record, decode_segment};
 use super::keep::{Keeper, Log};
 use super::newer::Newer;
 use super::point::LogSegment;
@@ -115,7 +115,7 @@ impl Wal {
             *end = wal.into_bytes();
             Some(end.as_slice())
         });
-        let source = Source { object: &self.here, next, span, expected };
+        let source = Source { object: &self.here, next, span, expected, kept: KEPT_BYTES };
         decode_segment(source, &mut self.buffers.take(), wanted, newer, &self.pools)
     }
 }
