@@ -14,9 +14,11 @@ use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
 use waltide_storage::Progress;
 
 use super::super::redo::{self, Page};
+use super::batch::{Entry, PART_BLOCKS, PartTag};
 use super::decode::How;
-use super::keep::{Fork, Kept, Log, PART_BLOCKS};
-use super::spill::{Chain, Entry};
+use super::keep::{Fork, Kept, Log};
+use super::newer::Blocks;
+use super::spill::Chain;
 use super::{ForwardError, Place};
 
 /// So many pages go to a file at once.
@@ -126,7 +128,9 @@ pub(super) fn pages(
     for (relation, state) in &kept.relations {
         for (fork, state) in state.forks() {
             for (number, chain) in &state.parts {
-                let part = Part { files, log, relation: *relation, fork, number: *number, chain };
+                let tag = PartTag { relation: *relation, fork, part: *number };
+                let made_anew = kept.made_anew(tag);
+                let part = Part { files, log, relation: *relation, fork, number: *number, made_anew, chain };
                 parts.push((part, state.blocks));
             }
         }
@@ -212,6 +216,8 @@ struct Part<'a> {
     relation: RelFileLocator,
     fork: ForkNumber,
     number: u32,
+    /// Blocks of which nothing from before is left.
+    made_anew: Option<&'a Blocks>,
     chain: &'a Chain,
 }
 
@@ -287,7 +293,7 @@ struct Changing {
 impl Range<'_> {
     /// What was written, and to which file. `pages` is memory: a place for each block, as far as the last that is changed.
     fn apply(&self, pages: &mut Vec<Option<Changing>>) -> Result<(Written, File, PathBuf), ForwardError> {
-        let Part { files, log, relation, fork, number, chain } = self.part;
+        let Part { files, log, relation, fork, number, made_anew, chain } = self.part;
         let part = number.saturating_mul(PART_BLOCKS);
         let first = self.blocks.start;
         let (segment, within) = match first.checked_div(files.file_blocks) {
@@ -302,18 +308,12 @@ impl Range<'_> {
         pages.clear();
         let mut blocks = Vec::new();
         let mut read = 0u64;
-        chain.oldest_first(&log.spill, |entry| -> Result<(), ForwardError> {
+        let wanted = first.saturating_sub(part)..self.blocks.end.saturating_sub(part);
+        chain.oldest_first(&log.spill, &wanted, |entry| -> Result<(), ForwardError> {
             if !self.blocks.contains(&entry.block) {
                 let is_here = (part..part.saturating_add(PART_BLOCKS)).contains(&entry.block);
                 return if is_here { Ok(()) } else { Err(ForwardError::Kept { at: entry.start }) };
             }
-            let (of, major) = (entry.of(relation), files.control.major);
-            let record = Record::unpack(entry.packed, of, major, &mut blocks);
-            let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
-            let anew = match entry.how {
-                How::Block(id) => record.block(id).is_some_and(|b| b.makes_page_anew()),
-                _ => false,
-            };
             let number = entry.block.saturating_sub(first) as usize;
             if pages.len() <= number {
                 pages.resize_with(number.saturating_add(1), || None);
@@ -322,8 +322,11 @@ impl Range<'_> {
             let changing = match place {
                 Some(changing) => changing,
                 None => {
-                    let page = if anew {
+                    let page = if entry.anew {
                         Page::default()
+                    } else if made_anew.is_some_and(|blocks| blocks.contains(entry.block)) {
+                        // That is still to come.
+                        return Ok(());
                     } else {
                         read = read.saturating_add(1);
                         read_page(&file, at(entry.block)).map_err(ForwardError::io("read", &path))?
@@ -331,7 +334,10 @@ impl Range<'_> {
                     place.insert(Changing { page, changed: false })
                 }
             };
-            self.change(&entry, &record, anew, changing)
+            let (of, major) = (entry.of(relation), files.control.major);
+            let record = Record::unpack(entry.packed, of, major, &mut blocks);
+            let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
+            self.change(&entry, &record, changing)
         })?;
         let written = self.write(&file, pages, at).map_err(ForwardError::io("write", &path))?;
         Ok((Written { pages: written, read }, file, path))
@@ -341,7 +347,6 @@ impl Range<'_> {
         &self,
         entry: &Entry<'_>,
         record: &Record<'_>,
-        anew: bool,
         changing: &mut Changing,
     ) -> Result<(), ForwardError> {
         let page = &mut changing.page;
@@ -352,7 +357,7 @@ impl Range<'_> {
             }
             How::CutVisibility(heap) => changing.changed |= redo::cut_visibility(heap, page),
             How::Block(id) => {
-                let needed = !anew
+                let needed = !entry.anew
                     && !matches!(self.part.fork, ForkNumber::Vm | ForkNumber::Fsm)
                     && !redo::is_hint(record);
                 if needed && page.is_new() {

@@ -1,15 +1,19 @@
-//! A segment's records as what each does, without what the segment itself makes irrelevant. Pure: no I/O.
+//! A segment's records as what each does, part by part, without what the newer log makes irrelevant. Pure: no I/O.
 
+use std::sync::Arc;
+
+use foldhash::HashMap;
 use waltide_format::archive::StoredWal;
 use waltide_format::engines::postgres::effects::xact_end;
 use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
     SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, copy_record, implicit_vm_blocks,
 };
-use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer, Xid};
+use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer};
 
 use super::super::redo;
-use super::newer::Newer;
+use super::batch::{Batch, Entry, Idle, PART_BLOCKS, PartTag};
+use super::newer::{Blocks, Newer};
 use super::pool::{Pool, Pooled};
 
 /// No record that changes pages has more data than this besides theirs: what they do to their pages fits a page or two. It
@@ -28,6 +32,13 @@ pub(super) struct PageTag {
     pub(super) block: BlockNumber,
 }
 
+impl PageTag {
+    /// The part that it belongs to.
+    pub(super) const fn part(&self) -> PartTag {
+        PartTag { relation: self.relation, fork: self.fork, part: self.block / PART_BLOCKS }
+    }
+}
+
 /// How a record changes a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum How {
@@ -39,11 +50,9 @@ pub(super) enum How {
     CutVisibility(BlockNumber),
 }
 
-/// What a record does.
+/// What a record does to files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Deed {
-    /// It changes a page; `anew` where nothing of the page as it was is needed.
-    Page { tag: PageTag, how: How, anew: bool },
     /// It makes a fork's file.
     Create { relation: RelFileLocator, fork: ForkNumber },
     /// It cuts a relation's forks.
@@ -54,8 +63,6 @@ pub(super) enum Deed {
     DropDatabase { spc_oid: Oid, db_oid: Oid },
     /// It copies a database's files as they are at that moment.
     Copy(DatabaseCopy),
-    /// It changes what is not in relations' files.
-    State,
 }
 
 /// CREATE DATABASE by file copies, or ALTER DATABASE SET TABLESPACE.
@@ -68,56 +75,54 @@ pub(super) struct DatabaseCopy {
     pub(super) to: (Oid, Oid),
 }
 
-impl Deed {
-    /// The block reference whose page it changes, and the page's relation.
-    const fn own(&self) -> (Option<u8>, RelFileLocator) {
-        match self {
-            Self::Page { tag, how: How::Block(id), .. } => (Some(*id), tag.relation),
-            Self::Page { tag, .. } => (None, tag.relation),
-            _ => (None, NO_RELATION),
-        }
-    }
-
-    /// Whether the record is needed when it is done.
-    const fn needs_record(&self) -> bool {
-        matches!(self, Self::Page { .. } | Self::State)
-    }
+/// What a segment's records do, in their order.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// What they do to pages of one part, or to what is not in relations' files.
+    Entries(Batch),
+    /// What one does to files, behind all that comes before.
+    Files(Deed),
 }
 
-/// A record of which something matters.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Seen {
-    pub(super) start: Lsn,
-    pub(super) end: Lsn,
-    pub(super) xid: Xid,
-    bytes: usize,
+/// A batch that is being added to.
+#[derive(Debug, Default)]
+struct Open {
+    batch: Batch,
+    /// What the newer log makes anew of the part, as far as that is known.
+    newer: Option<Arc<Blocks>>,
+    /// Nothing that was done to it matters.
+    is_lost: bool,
 }
 
-/// What a record does.
+/// Something that a record does to a page.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Noted {
-    pub(super) deed: Deed,
-    /// The record's place among those that were seen.
-    record: usize,
-    /// What is packed of it: from where on, and how many bytes.
-    packed: (usize, usize),
+struct Change {
+    tag: PageTag,
+    how: How,
+    anew: bool,
 }
 
 /// What came of a record.
 enum Added {
-    /// What it does was packed, or is irrelevant.
-    Packed,
-    /// Its images, which matter, are still to be read, and then it is packed.
-    Images(Seen),
+    /// What it does was added, or is irrelevant.
+    All,
+    /// Its images, which matter, are still to be read: then what it does to pages is added.
+    Images,
     /// It needs what was passed over.
     TooLate,
 }
 
-/// What a segment's records do, in their order.
+/// What a segment's records do.
 #[derive(Debug, Default)]
 pub(super) struct Decoded {
-    seen: Vec<Seen>,
-    pub(super) deeds: Vec<Noted>,
+    /// What is complete, in its order but for that of batches of different parts.
+    pub(super) steps: Vec<Step>,
+    open: Vec<Open>,
+    /// Where the open batch of a part is.
+    places: HashMap<Option<PartTag>, usize>,
+    /// Batches for their next use.
+    spare: Vec<Batch>,
+    idle: Idle,
     packed: Writer,
     /// Changes of settings.
     pub(super) settings: Vec<(Lsn, ParameterChange)>,
@@ -132,7 +137,18 @@ pub(super) struct Decoded {
 }
 
 /// Where what segments were taken apart with waits for the next.
-pub(super) type Pools = Pool<Decoded>;
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pools {
+    decoded: Pool<Decoded>,
+    idle: Idle,
+}
+
+impl Pools {
+    /// One that takes pieces of memory from there.
+    pub(super) fn new(idle: Idle) -> Self {
+        Self { decoded: Pool::default(), idle }
+    }
+}
 
 /// Why a segment was not taken apart.
 #[derive(Debug)]
@@ -188,9 +204,10 @@ pub(super) fn decode_segment(
     newer: &Newer,
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
-    let mut decoded = pools.take();
-    // The second time nothing is passed over before all is known.
-    for (kept, known) in [(source.kept, Some(newer)), (usize::MAX, None)] {
+    let mut decoded = pools.decoded.take();
+    decoded.idle = pools.idle.clone();
+    let (mut kept, mut known) = (source.kept, Some(newer));
+    loop {
         decoded.clear();
         decoded.stretch = newer.read().stretch();
         let wal = StoredWal::open(source.object, std::mem::take(buffer)).map_err(DecodeError::Stored)?;
@@ -204,18 +221,21 @@ pub(super) fn decode_segment(
         }
         match read? {
             Read::All => break,
-            Read::Again => {}
+            Read::TooLate => known = None,
+            Read::Gone => kept = usize::MAX,
         }
     }
-    decoded.leave_out(newer);
+    decoded.close();
     Ok(decoded)
 }
 
 /// What came of reading a segment.
 enum Read {
     All,
-    /// It has to be read once more: something was passed over that is needed after all, or is no longer at hand.
-    Again,
+    /// Something was passed over that is needed after all: it has to be read once more, and nothing be passed over.
+    TooLate,
+    /// Something is no longer at hand: it has to be read once more with all of it at hand.
+    Gone,
 }
 
 /// Reads what a segment's records do, without those images that the `newer` log makes irrelevant.
@@ -237,7 +257,10 @@ fn read_records(
         let added = match stream.next_record().map_err(DecodeError::Damage)? {
             Next::Record(record) if record.start >= wanted.until => return Ok(Read::All),
             Next::Record(record) if record.start < wanted.from => continue,
-            Next::Record(record) => decoded.add(&record, newer).map_err(DecodeError::Unknown)?,
+            Next::Record(record) => {
+                let added = decoded.add(&record, newer).map_err(DecodeError::Unknown)?;
+                (added, (record.start, record.end, record.header.total_bytes))
+            }
             Next::NeedMore(pending) => {
                 decoded.unfinished =
                     Some(pending.start).filter(|at| (wanted.from..wanted.until).contains(at));
@@ -245,21 +268,20 @@ fn read_records(
             }
             Next::End(_) => return Ok(Read::All),
         };
-        let seen = match added {
-            Added::Packed => continue,
-            Added::Images(seen) => seen,
-            Added::TooLate => return Ok(Read::Again),
+        let (start, end, length) = match added {
+            (Added::All, _) => continue,
+            (Added::Images, of) => of,
+            (Added::TooLate, _) => return Ok(Read::TooLate),
         };
         let (begin, wal) = stream.source().reached();
-        let at = usize::try_from(seen.start.bytes_since(span.start())).unwrap_or(usize::MAX);
-        let Some(at) = at.checked_sub(begin) else { return Ok(Read::Again) };
-        let changed =
-            |corrupt| DecodeError::Damage(Damage { lsn: seen.start, record: Some(seen.start), corrupt });
+        let at = usize::try_from(start.bytes_since(span.start())).unwrap_or(usize::MAX);
+        let Some(at) = at.checked_sub(begin) else { return Ok(Read::Gone) };
+        let changed = |corrupt| DecodeError::Damage(Damage { lsn: start, record: Some(start), corrupt });
         bytes.clear();
-        copy_record(wal, None, at, seen.bytes, &mut bytes)
-            .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, seen.bytes as u64)))?;
-        let record = Record::decode(&bytes, seen.start, seen.end, major, &mut blocks);
-        decoded.pack(&record.map_err(changed)?);
+        copy_record(wal, None, at, length as usize, &mut bytes)
+            .ok_or_else(|| changed(Corrupt::invalid("xl_tot_len", 0, length.into())))?;
+        let record = Record::decode(&bytes, start, end, major, &mut blocks);
+        decoded.add_pages(&record.map_err(changed)?, newer);
     }
 }
 
@@ -267,109 +289,200 @@ fn read_records(
 pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
     let mut decoded = Decoded::default();
     decoded.add(record, None).map_err(DecodeError::Unknown)?;
+    decoded.close();
     Ok(decoded)
+}
+
+impl Open {
+    /// Whether nothing that is done to the block matters.
+    fn is_irrelevant(&self, block: BlockNumber) -> bool {
+        self.is_lost || self.newer.as_ref().is_some_and(|newer| newer.contains(block))
+    }
+}
+
+/// What a record does to pages.
+fn changes(record: &Record<'_>) -> impl Iterator<Item = Change> {
+    let named = record.blocks().map(|block| {
+        let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
+        Change { tag, how: How::Block(block.id), anew: block.makes_page_anew() }
+    });
+    named.chain(implicit_vm_blocks(record).map(|(relation, block)| {
+        let tag = PageTag { relation, fork: ForkNumber::Vm, block };
+        Change { tag, how: How::ClearVisibility, anew: false }
+    }))
 }
 
 impl Decoded {
     /// Forgets everything, and keeps the memory.
     fn clear(&mut self) {
-        let Self { seen, deeds, packed, settings, unfinished, count, stretch, passed_over } = self;
-        seen.clear();
-        deeds.clear();
-        packed.clear();
-        settings.clear();
-        (*unfinished, *count, *stretch, *passed_over) = (None, 0, 0, false);
+        self.close();
+        while let Some(step) = self.steps.pop() {
+            if let Step::Entries(batch) = step {
+                self.take_back(batch);
+            }
+        }
+        self.settings.clear();
+        (self.unfinished, self.count, self.stretch, self.passed_over) = (None, 0, 0, false);
     }
 
-    /// The record of something that was noted, and what is packed of it.
-    pub(super) fn record(&self, noted: &Noted) -> Option<(Seen, &[u8])> {
-        let (from, bytes) = noted.packed;
-        let packed = self.packed.as_bytes().get(from..from.saturating_add(bytes))?;
-        Some((*self.seen.get(noted.record)?, packed))
+    /// Keeps a batch's memory for the next.
+    pub(super) fn take_back(&mut self, batch: Batch) {
+        self.spare.push(batch);
     }
 
-    /// Takes note of what a record does, and packs it. Images that the `newer` log makes irrelevant are passed over.
+    /// Takes note of what a record does. What the `newer` log makes irrelevant is passed over.
     fn add(&mut self, record: &Record<'_>, newer: Option<&Newer>) -> Result<Added, Unknown> {
         self.count = self.count.saturating_add(1);
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
-        let before = self.deeds.len();
         if record.blocks().len() > 0 {
             if !redo::vouches_for(record) || record.main_data().len() > MAIN_DATA_MAX {
                 return Err(unknown);
             }
-            self.add_pages(record);
-        } else if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
+            if record.bytes().len() < record.header.total_bytes as usize && self.matters(record, newer) {
+                return Ok(Added::Images);
+            }
+            self.add_pages(record, newer);
+            return Ok(Added::All);
+        }
+        if let Some(DatabaseRecord::Copy { db_oid, spc_oid, from_db_oid, from_spc_oid }) =
             decoded(DatabaseRecord::decode(record), &unknown)?
         {
+            if self.passed_over {
+                return Ok(Added::TooLate);
+            }
             let (from, to) = ((from_spc_oid, from_db_oid), (spc_oid, db_oid));
             self.note(Deed::Copy(DatabaseCopy { at: record.start, from, to }));
-        } else {
-            if !redo::vouches_for(record) {
-                return Err(unknown);
-            }
-            self.add_files(record, &unknown)?;
-            if let Some(XlogRecord::ParameterChange(change)) = decoded(XlogRecord::decode(record), &unknown)?
-            {
-                self.settings.push((record.start, change));
-            }
-            if redo::changes_state(record) {
-                self.note(Deed::State);
-            }
+            return Ok(Added::All);
         }
-        if self.deeds.get(before..).unwrap_or_default().iter().any(Noted::is_copy) && self.passed_over {
-            return Ok(Added::TooLate);
+        if !redo::vouches_for(record) {
+            return Err(unknown);
         }
-        if record.image_bytes() > 0
-            && let Some(newer) = newer
-        {
-            self.pass_over(before, newer);
+        self.add_files(record, newer, &unknown)?;
+        if let Some(XlogRecord::ParameterChange(change)) = decoded(XlogRecord::decode(record), &unknown)? {
+            self.settings.push((record.start, change));
         }
-        if self.deeds.len() == before {
-            return Ok(Added::Packed);
+        if redo::changes_state(record) {
+            self.put(None, record, newer);
         }
-        let bytes = record.header.total_bytes as usize;
-        let seen = Seen { start: record.start, end: record.end, xid: record.header.xid, bytes };
-        self.seen.push(seen);
-        if record.bytes().len() < bytes {
-            return Ok(Added::Images(seen));
-        }
-        self.pack(record);
-        Ok(Added::Packed)
+        Ok(Added::All)
     }
 
-    /// Passes over those deeds, from the one of that number on, that the newer log makes irrelevant.
-    fn pass_over(&mut self, first: usize, newer: &Newer) {
-        let newer = newer.read();
-        let is_irrelevant =
-            |noted: &mut Noted| matches!(noted.deed, Deed::Page { tag, .. } if newer.makes_anew(tag));
-        self.passed_over |= self.deeds.extract_if(first.., is_irrelevant).count() > 0;
+    /// Whether something matters that a record does to pages.
+    fn matters(&mut self, record: &Record<'_>, newer: Option<&Newer>) -> bool {
+        changes(record).any(|change| self.place_for(Some(change), newer).is_some())
     }
 
-    /// Of the record that is about to be seen.
+    /// Takes note of a change to files: what is added to batches from now on lies behind it.
     fn note(&mut self, deed: Deed) {
-        self.deeds.push(Noted { record: self.seen.len(), deed, packed: (0, 0) });
+        // Where a file is made does not matter to what is done to its pages.
+        if !matches!(deed, Deed::Create { .. }) {
+            self.close();
+        }
+        self.steps.push(Step::Files(deed));
     }
 
-    fn add_pages(&mut self, record: &Record<'_>) {
-        for block in record.blocks() {
-            let tag = PageTag { relation: block.relation, fork: block.fork, block: block.block };
-            self.note(Deed::Page { tag, how: How::Block(block.id), anew: block.makes_page_anew() });
+    /// Completes all batches.
+    fn close(&mut self) {
+        for Open { batch, .. } in self.open.drain(..) {
+            self.places.remove(&batch.of);
+            if batch.is_empty() {
+                self.spare.push(batch);
+            } else {
+                self.steps.push(Step::Entries(batch));
+            }
         }
-        for (relation, block) in implicit_vm_blocks(record) {
-            let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-            self.note(Deed::Page { tag, how: How::ClearVisibility, anew: false });
+    }
+
+    /// Where the open batch of a part is, or of what is in no relation's file.
+    fn opened(&mut self, of: Option<PartTag>, newer: Option<&Newer>) -> usize {
+        if let Some(at) = self.places.get(&of) {
+            return *at;
         }
+        let mut open = Open { batch: self.spare.pop().unwrap_or_default(), ..Open::default() };
+        open.batch.begin(of);
+        if let (Some(part), Some(newer)) = (of, newer) {
+            let newer = newer.read();
+            open.newer = newer.made_anew().blocks(part).cloned();
+            open.is_lost = newer.made_anew().has_lost(part.relation);
+        }
+        let at = self.open.len();
+        self.places.insert(of, at);
+        self.open.push(open);
+        at
+    }
+
+    /// Adds what a record does to pages.
+    fn add_pages(&mut self, record: &Record<'_>, newer: Option<&Newer>) {
+        for change in changes(record) {
+            self.put(Some(change), record, newer);
+        }
+    }
+
+    /// Adds what a record does to a page, or to what is in no relation's file.
+    fn put(&mut self, change: Option<Change>, record: &Record<'_>, newer: Option<&Newer>) {
+        let Some(at) = self.place_for(change, newer) else { return };
+        let mut packed = std::mem::take(&mut self.packed);
+        packed.clear();
+        let own = match change {
+            Some(Change { how: How::Block(id), .. }) => Some(id),
+            _ => None,
+        };
+        record.pack(own, change.map_or(NO_RELATION, |change| change.tag.relation), &mut packed);
+        self.push(
+            at,
+            &Entry {
+                start: record.start,
+                end: record.end,
+                xid: record.header.xid,
+                how: change.map_or(How::Block(0), |change| change.how),
+                block: change.map_or(0, |change| change.tag.block),
+                anew: change.is_some_and(|change| change.anew),
+                packed: packed.as_bytes(),
+            },
+        );
+        self.packed = packed;
+    }
+
+    /// The open batch that a change belongs to, if it matters.
+    fn place_for(&mut self, change: Option<Change>, newer: Option<&Newer>) -> Option<usize> {
+        let at = self.opened(change.map(|change| change.tag.part()), newer);
+        let open = self.open.get_mut(at)?;
+        let Some(Change { tag, how, .. }) = change else { return Some(at) };
+        // Clearing the map of blocks that are cut makes nothing that was not there.
+        if !matches!(how, How::CutVisibility(_)) {
+            open.batch.reach = open.batch.reach.max(tag.block.saturating_add(1));
+        }
+        let matters = !open.is_irrelevant(tag.block);
+        self.passed_over |= !matters;
+        matters.then_some(at)
+    }
+
+    /// Adds an entry to an open batch, or to another one behind it.
+    fn push(&mut self, at: usize, entry: &Entry<'_>) {
+        let Some(Open { batch, .. }) = self.open.get_mut(at) else { return };
+        if batch.is_full_for(entry.packed.len()) {
+            let mut next = self.spare.pop().unwrap_or_default();
+            next.begin(batch.of);
+            self.steps.push(Step::Entries(std::mem::replace(batch, next)));
+        }
+        batch.put(entry, &self.idle);
     }
 
     /// What the record does to relations' files.
-    fn add_files(&mut self, record: &Record<'_>, unknown: &Unknown) -> Result<(), Unknown> {
+    fn add_files(
+        &mut self,
+        record: &Record<'_>,
+        newer: Option<&Newer>,
+        unknown: &Unknown,
+    ) -> Result<(), Unknown> {
         match decoded(SmgrRecord::decode(record), unknown)? {
             Some(SmgrRecord::Create { relation, fork }) => self.note(Deed::Create { relation, fork }),
             Some(SmgrRecord::Truncate { relation, blocks, flags }) => {
                 if flags & SmgrRecord::TRUNCATE_VM != 0 && !blocks.is_multiple_of(VM_HEAP_BLOCKS_PER_PAGE) {
                     let block = blocks.checked_div(VM_HEAP_BLOCKS_PER_PAGE).unwrap_or(0);
                     let tag = PageTag { relation, fork: ForkNumber::Vm, block };
-                    self.note(Deed::Page { tag, how: How::CutVisibility(blocks), anew: false });
+                    let change = Change { tag, how: How::CutVisibility(blocks), anew: false };
+                    self.put(Some(change), record, newer);
                 }
                 self.note(Deed::Cut { relation, blocks, flags });
             }
@@ -389,60 +502,40 @@ impl Decoded {
         }
         Ok(())
     }
-
-    /// Of a page that is made anew, nothing that was done to it before matters, but to a copy that was made in between.
-    fn leave_out(&mut self, newer: &Newer) {
-        let newer = newer.read();
-        let mut made_anew: foldhash::HashSet<PageTag> = foldhash::HashSet::default();
-        let mut is_newest = true;
-        let mut matters = vec![true; self.deeds.len()];
-        for (noted, matters) in self.deeds.iter().zip(&mut matters).rev() {
-            match &noted.deed {
-                Deed::Copy(_) => {
-                    made_anew.clear();
-                    is_newest = false;
-                }
-                Deed::Page { tag, anew, .. } => {
-                    let is_made_anew = made_anew.contains(tag) || is_newest && newer.makes_anew(*tag);
-                    *matters = !is_made_anew;
-                    if *matters && *anew {
-                        made_anew.insert(*tag);
-                    }
-                }
-                _ => {}
-            }
-        }
-        let mut matters = matters.into_iter();
-        self.deeds.retain(|_| matters.next().unwrap_or(true));
-    }
-
-    /// Packs the record that was seen last.
-    fn pack(&mut self, record: &Record<'_>) {
-        let Self { seen, deeds, packed, .. } = self;
-        let last = seen.len().saturating_sub(1);
-        for noted in deeds.iter_mut().rev().take_while(|noted| noted.record == last) {
-            noted.pack(record, packed);
-        }
-    }
-}
-
-impl Noted {
-    const fn is_copy(&self) -> bool {
-        matches!(self.deed, Deed::Copy(_))
-    }
-
-    fn pack(&mut self, record: &Record<'_>, packed: &mut Writer) {
-        if self.deed.needs_record() {
-            let (from, (own, relation)) = (packed.len(), self.deed.own());
-            record.pack(own, relation, packed);
-            self.packed = (from, packed.len().saturating_sub(from));
-        }
-    }
 }
 
 /// A record of a kind that does not decode is as unknown as one of no known kind.
 fn decoded<T>(found: Option<Result<T, Corrupt>>, unknown: &Unknown) -> Result<Option<T>, Unknown> {
     found.transpose().map_err(|_| unknown.clone())
+}
+
+#[cfg(test)]
+impl Decoded {
+    /// What segments do that no record is there of: changes to pages, each with its record's place, and what is done to files.
+    /// None where something was passed over that is needed after all.
+    pub(super) fn of(
+        steps: &[Result<(PageTag, bool, Lsn), Deed>],
+        newer: &Newer,
+        known: bool,
+    ) -> Option<Self> {
+        let mut decoded = Self { stretch: newer.read().stretch(), ..Self::default() };
+        for step in steps {
+            match *step {
+                Ok((tag, anew, start)) => {
+                    let (how, block) = (How::Block(0), tag.block);
+                    let change = Change { tag, how, anew };
+                    let Some(at) = decoded.place_for(Some(change), known.then_some(newer)) else { continue };
+                    let end = start.saturating_add(8);
+                    decoded
+                        .push(at, &Entry { start, end, xid: 3.into(), how, block, anew, packed: &[7; 40] });
+                }
+                Err(Deed::Copy(_)) if decoded.passed_over => return None,
+                Err(deed) => decoded.note(deed),
+            }
+        }
+        decoded.close();
+        Some(decoded)
+    }
 }
 
 #[cfg(test)]
@@ -452,7 +545,7 @@ mod tests {
     use proptest::prelude::*;
     use waltide_format::archive::encode_segment;
     use waltide_format::engines::postgres::scan::{ScanContext, scan_segment};
-    use waltide_format::{SegmentName, SegmentSize};
+    use waltide_format::{SegmentName, SegmentSize, Xid};
 
     use super::*;
 
@@ -474,14 +567,38 @@ mod tests {
         stored.collect()
     }
 
-    /// Everything that is known of what a segment does.
-    fn told(decoded: &Decoded) -> Vec<(Deed, Lsn, Lsn, Xid, Vec<u8>)> {
-        let deeds = decoded.deeds.iter();
-        let record = |noted: &Noted| {
-            let (seen, packed) = decoded.record(noted).unwrap();
-            (noted.deed, seen.start, seen.end, seen.xid, packed.to_vec())
-        };
-        deeds.map(record).collect()
+    /// What is known of something that a segment does: to which part, how, and what is packed of its record.
+    type Told = (Lsn, Option<PageTag>, How, bool, Lsn, Xid, Vec<u8>);
+
+    /// Everything that a segment does to pages and to what is in no relation's file, and what it does to files.
+    fn told(mut decoded: Decoded) -> (Vec<Told>, Vec<Deed>) {
+        let (mut told, mut deeds) = (Vec::new(), Vec::new());
+        for step in decoded.steps.drain(..) {
+            match step {
+                Step::Entries(batch) => {
+                    let mut entries = batch.entries();
+                    while let Some(e) = entries.next_entry() {
+                        let tag =
+                            |of: PartTag| PageTag { relation: of.relation, fork: of.fork, block: e.block };
+                        told.push((
+                            e.start,
+                            batch.of.map(tag),
+                            e.how,
+                            e.anew,
+                            e.end,
+                            e.xid,
+                            e.packed.to_vec(),
+                        ));
+                    }
+                    assert!(entries.is_empty());
+                }
+                Step::Files(deed) => deeds.push(deed),
+            }
+        }
+        told.sort_by_key(|(start, tag, how, ..)| {
+            (*start, tag.map(|t| (t.relation, t.fork, t.block)), format!("{how:?}"))
+        });
+        (told, deeds)
     }
 
     fn taken(segments: &[(Lsn, Vec<u8>)], number: usize, kept: usize, newer: &Newer) -> Decoded {
@@ -513,23 +630,25 @@ mod tests {
             let (mut images, mut left_out) = (0, 0);
             for number in 0..segments.len() {
                 let newer = Newer::default();
-                let all = told(&taken(&segments, number, usize::MAX, &newer));
-                images += all.iter().filter(|(deed, ..)| matches!(deed, Deed::Page { anew: true, .. })).count();
-                prop_assert!(told(&taken(&segments, number, kept, &newer)) == all, "{} {}", number, kept);
+                let (all, deeds) = told(taken(&segments, number, usize::MAX, &newer));
+                images += all.iter().filter(|(.., anew, _, _, _)| *anew).count();
+                prop_assert!(told(taken(&segments, number, kept, &newer)) == (all.clone(), deeds.clone()), "{} {}", number, kept);
                 for index in &irrelevant {
-                    if let (Deed::Page { tag, .. }, ..) = index.get(&all) {
-                        newer.write().made_anew_mut().insert(*tag);
+                    if let (_, Some(tag), ..) = index.get(&all) {
+                        newer.write().made_anew_mut().blocks_mut(tag.part()).insert(tag.block);
                     }
                 }
-                // To a copy matters what the newer log makes irrelevant to everything else.
-                let copy = all.iter().rposition(|(deed, ..)| matches!(deed, Deed::Copy(_))).unwrap_or(0);
-                let is_left = |number: usize, deed: &Deed| {
-                    number < copy || !matches!(deed, Deed::Page { tag, .. } if newer.read().makes_anew(*tag))
-                };
-                let left = all.iter().enumerate().filter(|(number, (deed, ..))| is_left(*number, deed));
-                let left: Vec<_> = left.map(|(_, told)| told.clone()).collect();
+                let copy = deeds.iter().filter_map(|deed| match deed {
+                    Deed::Copy(copy) => Some(copy.at),
+                    _ => None,
+                });
+                let copy = copy.max();
+                let is_irrelevant = |(_, tag, ..): &Told| tag.is_some_and(|tag| newer.read().made_anew().contains(tag));
+                // To a copy matters what the newer log makes irrelevant to everything else: then all is left.
+                let is_all = all.iter().any(|told| is_irrelevant(told) && copy.is_some_and(|at| told.0 < at));
+                let left: Vec<_> = all.iter().filter(|told| is_all || !is_irrelevant(told)).cloned().collect();
                 left_out += all.len() - left.len();
-                prop_assert!(told(&taken(&segments, number, kept, &newer)) == left, "{} {}", number, kept);
+                prop_assert!(told(taken(&segments, number, kept, &newer)) == (left, deeds), "{} {}", number, kept);
             }
             prop_assert!(images > 40, "{} images", images);
             prop_assert!(irrelevant.len() < 200 || left_out > 50, "{} left out", left_out);

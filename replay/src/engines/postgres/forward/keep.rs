@@ -6,15 +6,14 @@ use std::io;
 
 use foldhash::HashMap;
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
-use waltide_format::{BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator};
+use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
 
 use super::super::selection::Selection;
-use super::decode::{DatabaseCopy, Decoded, Deed, How, Noted, PageTag, Seen};
-use super::newer::{MadeAnew, Newer};
-use super::spill::{CHUNK_BYTES, Chain, Entry, Idle, Spill};
+use super::batch::{Batch, Idle, PIECE_BYTES, PartTag};
+use super::decode::{DatabaseCopy, Decoded, Deed, PageTag, Step};
+use super::newer::{Blocks, MadeAnew, Newer};
+use super::spill::{Chain, Spill};
 
-/// Blocks that are kept, and applied, together: 32 MiB of pages. `relseg_size` is a multiple.
-pub(in super::super) const PART_BLOCKS: u32 = 4096;
 const FORKS: [ForkNumber; 4] = [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::Vm, ForkNumber::Init];
 
 /// What becomes of a fork.
@@ -88,56 +87,20 @@ impl Kept {
         parts.fold(0, |sum, chain| sum.saturating_add(chain.bytes()))
     }
 
-    /// Takes note of what a record does; where it is kept, if it is needed.
-    fn chain(
-        &mut self,
-        deed: &Deed,
-        selection: Option<&Selection>,
-        known: &mut Known<'_>,
-    ) -> Option<&mut Chain> {
+    /// Takes note of what a record does to files, where the `newer` log has not lost them.
+    fn note(&mut self, deed: &Deed, newer: &mut MadeAnew) {
         match deed {
-            Deed::Page { tag, how, anew } => return self.page_chain(*tag, *how, *anew, selection, known),
-            Deed::State => return Some(&mut self.state),
-            Deed::Create { relation, fork } if !known.has_lost(*relation) => {
+            Deed::Create { relation, fork } if !newer.has_lost(*relation) => {
                 let relation = self.relations.entry(*relation).or_default();
                 relation.fork_mut(*fork).exists.get_or_insert(true);
             }
-            Deed::Cut { relation, blocks, flags } if !known.has_lost(*relation) => {
+            Deed::Cut { relation, blocks, flags } if !newer.has_lost(*relation) => {
                 self.cut(*relation, *blocks, *flags);
             }
-            Deed::Drop(relation) if !known.has_lost(*relation) => self.drop(*relation),
-            Deed::DropDatabase { spc_oid, db_oid } => known.gone.push((*spc_oid, *db_oid)),
+            Deed::Drop(relation) if !newer.has_lost(*relation) => self.drop(*relation),
+            Deed::DropDatabase { spc_oid, db_oid } => newer.lose_database(*spc_oid, *db_oid),
             Deed::Create { .. } | Deed::Cut { .. } | Deed::Drop(_) | Deed::Copy(_) => {}
         }
-        None
-    }
-
-    fn page_chain(
-        &mut self,
-        tag: PageTag,
-        how: How,
-        anew: bool,
-        selection: Option<&Selection>,
-        known: &mut Known<'_>,
-    ) -> Option<&mut Chain> {
-        if known.has_lost(tag.relation) {
-            return None;
-        }
-        let fork = self.relations.entry(tag.relation).or_default().fork_mut(tag.fork);
-        // Clearing the map of blocks that are cut makes nothing that was not there.
-        if !matches!(how, How::CutVisibility(_)) {
-            fork.exists.get_or_insert(true);
-            fork.grow(tag.block.saturating_add(1));
-        }
-        let wanted = selection.is_none_or(|selection| selection.wants(tag.relation));
-        if !wanted || fork.cuts(tag.block) || known.newer.contains(tag) {
-            return None;
-        }
-        if anew {
-            known.pages.push(tag);
-        }
-        self.changes = self.changes.saturating_add(1);
-        Some(fork.parts.entry(tag.block / PART_BLOCKS).or_default())
     }
 
     fn cut(&mut self, relation: RelFileLocator, blocks: BlockNumber, flags: u32) {
@@ -163,27 +126,16 @@ impl Kept {
         }
     }
 
+    /// Those of a part's blocks of which nothing from before is left because they are made anew.
+    pub(super) fn made_anew(&self, part: PartTag) -> Option<&Blocks> {
+        self.made_anew.blocks(part).map(|blocks| &**blocks)
+    }
+
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(&self, tag: PageTag) -> bool {
         let found = self.relations.get(&tag.relation);
         let fork = found.and_then(|r| r.forks().find(|(number, _)| *number == tag.fork));
         fork.is_some_and(|(_, fork)| fork.cuts(tag.block)) || self.made_anew.contains(tag)
-    }
-}
-
-/// What is known of the newer log while deeds are added.
-struct Known<'a> {
-    /// Of what was added before.
-    newer: &'a MadeAnew,
-    /// Pages that these deeds make anew, and databases that they remove.
-    pages: Vec<PageTag>,
-    gone: Vec<(Oid, Oid)>,
-}
-
-impl Known<'_> {
-    /// Whether the relation's database is removed later.
-    fn has_lost(&self, relation: RelFileLocator) -> bool {
-        self.newer.has_lost(relation) || self.gone.contains(&(relation.spc_oid, relation.db_oid))
     }
 }
 
@@ -237,23 +189,29 @@ impl Keeper {
         decoded.stretch == self.complete.len()
     }
 
-    /// Adds what lies before all that was added.
-    pub(super) fn add(&mut self, decoded: &Decoded) -> io::Result<()> {
+    /// Where pieces of memory wait for their next use.
+    pub(super) const fn idle(&self) -> &Idle {
+        &self.idle
+    }
+
+    /// Adds what lies before all that was added, and takes it away from where it was.
+    pub(super) fn add(&mut self, decoded: &mut Decoded) -> io::Result<()> {
         self.records = self.records.saturating_add(decoded.count);
         self.settings.extend(decoded.settings.iter().rev());
-        let mut deeds = decoded.deeds.as_slice();
-        loop {
-            let copy = deeds.iter().rposition(|noted| matches!(noted.deed, Deed::Copy(_)));
-            let (before, after) =
-                deeds.split_at_checked(copy.map_or(0, |at| at.saturating_add(1))).unwrap_or((&[], deeds));
-            self.add_stretch(decoded, after)?;
-            let Some((Noted { deed: Deed::Copy(copy), .. }, rest)) = before.split_last() else {
-                return Ok(());
-            };
-            self.kept.begins_with = Some(*copy);
-            self.complete_stretch();
-            deeds = rest;
+        while let Some(step) = decoded.steps.pop() {
+            match step {
+                Step::Entries(mut batch) => {
+                    self.add_batch(&mut batch)?;
+                    decoded.take_back(batch);
+                }
+                Step::Files(Deed::Copy(copy)) => {
+                    self.kept.begins_with = Some(copy);
+                    self.complete_stretch();
+                }
+                Step::Files(deed) => self.kept.note(&deed, self.newer.write().made_anew_mut()),
+            }
         }
+        Ok(())
     }
 
     fn complete_stretch(&mut self) {
@@ -261,31 +219,52 @@ impl Keeper {
         self.complete.push(std::mem::take(&mut self.kept));
     }
 
-    /// Adds deeds of one stretch. A segment was taken apart so that none of them is about a page that a later one of the
-    /// same segment makes anew: so what they make anew is told to others when all are added, who read until then.
-    fn add_stretch(&mut self, decoded: &Decoded, deeds: &[Noted]) -> io::Result<()> {
-        let shared = self.newer.clone();
-        let newer = shared.read();
-        let mut known = Known { newer: newer.made_anew(), pages: Vec::new(), gone: Vec::new() };
-        for noted in deeds.iter().rev() {
-            let Self { kept, selection, idle, .. } = &mut *self;
-            let (how, block) = match &noted.deed {
-                Deed::Page { tag, how, .. } => (*how, tag.block),
-                _ => (How::Block(0), 0),
-            };
-            let Some(chain) = kept.chain(&noted.deed, selection.as_ref(), &mut known) else { continue };
-            let Some((Seen { start, end, xid, .. }, packed)) = decoded.record(noted) else { continue };
-            let more = chain.push(&Entry { start, end, xid, how, block, packed }, idle);
-            self.buffered = self.buffered.saturating_add(more);
-            if self.buffered > self.memory {
-                self.make_room()?;
+    /// Adds what was done to a part before all that was added of it. What the newer log makes irrelevant is left out where
+    /// that says much; the rest of it is passed over when it is applied.
+    fn add_batch(&mut self, batch: &mut Batch) -> io::Result<()> {
+        let Self { kept, idle, newer, selection, .. } = self;
+        let chain = match batch.of {
+            None => &mut kept.state,
+            Some(part) => {
+                let (is_lost, made_anew) = {
+                    let newer = newer.read();
+                    (newer.made_anew().has_lost(part.relation), newer.made_anew().blocks(part).cloned())
+                };
+                if is_lost {
+                    return Ok(());
+                }
+                let fork = kept.relations.entry(part.relation).or_default().fork_mut(part.fork);
+                if batch.reach > 0 {
+                    fork.exists.get_or_insert(true);
+                    fork.grow(batch.reach);
+                }
+                if !selection.as_ref().is_none_or(|selection| selection.wants(part.relation)) {
+                    return Ok(());
+                }
+                let made_anew = made_anew.as_deref();
+                if fork.cap.is_some_and(|cap| batch.goes_beyond(cap)) || batch.repeats(made_anew) {
+                    let is_anew = |block| made_anew.is_some_and(|blocks| blocks.contains(block));
+                    batch.leave_out(|block| !fork.cuts(block) && !is_anew(block), idle);
+                }
+                if batch.count == 0 {
+                    return Ok(());
+                }
+                if batch.anew().next().is_some() {
+                    let mut newer = newer.write();
+                    let blocks = newer.made_anew_mut().blocks_mut(part);
+                    for block in batch.anew() {
+                        blocks.insert(block);
+                    }
+                }
+                kept.changes = kept.changes.saturating_add(batch.count.into());
+                fork.parts.entry(part.part).or_default()
             }
+        };
+        let more = chain.push(batch, idle);
+        self.buffered = self.buffered.saturating_add(more);
+        if self.buffered > self.memory {
+            self.make_room()?;
         }
-        let Known { pages, gone, .. } = known;
-        drop(newer);
-        let mut newer = shared.write();
-        pages.into_iter().for_each(|tag| newer.made_anew_mut().insert(tag));
-        gone.into_iter().for_each(|(spc_oid, db_oid)| newer.made_anew_mut().lose_database(spc_oid, db_oid));
         Ok(())
     }
 
@@ -300,13 +279,13 @@ impl Keeper {
     /// segments apart have enough to do until then.
     fn make_room(&mut self) -> io::Result<()> {
         let enough = self.memory.saturating_sub(self.memory / 32);
-        for least in [CHUNK_BYTES, CHUNK_BYTES / 16, 1] {
+        for least in [PIECE_BYTES, PIECE_BYTES / 16, 1] {
             for kept in self.complete.iter_mut().chain([&mut self.kept]) {
                 let forks = kept.relations.values_mut().flat_map(|r| &mut r.0);
                 let chains = forks.flat_map(|fork| fork.parts.values_mut());
                 for chain in chains.chain([&mut kept.state]).filter(|chain| chain.buffered() >= least) {
                     let wanted = self.buffered.saturating_sub(enough);
-                    let freed = chain.flush(wanted, &self.spill, &mut self.idle)?;
+                    let freed = chain.flush(wanted, &self.spill, &self.idle)?;
                     self.buffered = self.buffered.saturating_sub(freed);
                     if self.buffered <= enough {
                         return Ok(());
@@ -315,5 +294,183 @@ impl Keeper {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::super::batch::PART_BLOCKS;
+    use super::*;
+
+    /// Some relations of two databases.
+    fn relation(number: u32) -> RelFileLocator {
+        RelFileLocator { spc_oid: 1663, db_oid: number % 2, rel_number: 16384 + number }
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Step {
+        Page { number: u32, block: BlockNumber, anew: bool },
+        Files(Deed),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let block = prop_oneof![9 => 0u32..5, 1 => PART_BLOCKS..PART_BLOCKS + 2];
+        let number = 0u32..4;
+        let copy = DatabaseCopy { at: Lsn::ZERO, from: (1663, 0), to: (1663, 7) };
+        prop_oneof![
+            60 => (number.clone(), block, prop::bool::weighted(0.3))
+                .prop_map(|(number, block, anew)| Step::Page { number, block, anew }),
+            4 => (number.clone(), 0u32..6).prop_map(|(number, blocks)| {
+                Step::Files(Deed::Cut { relation: relation(number), blocks, flags: SmgrRecord::TRUNCATE_HEAP })
+            }),
+            2 => number.clone().prop_map(|number| Step::Files(Deed::Drop(relation(number)))),
+            2 => number.prop_map(|number| {
+                Step::Files(Deed::Create { relation: relation(number), fork: ForkNumber::Main })
+            }),
+            1 => (0u32..2).prop_map(|db_oid| Step::Files(Deed::DropDatabase { spc_oid: 1663, db_oid })),
+            2 => Just(Step::Files(Deed::Copy(copy))),
+        ]
+    }
+
+    /// What a relation comes to, step by step in their order.
+    #[derive(Debug, Clone, Default)]
+    struct Plain {
+        pages: BTreeMap<BlockNumber, Vec<(u64, bool)>>,
+        cap: Option<BlockNumber>,
+        blocks: BlockNumber,
+        exists: Option<bool>,
+        is_lost: bool,
+    }
+
+    impl Plain {
+        fn cut(&mut self, blocks: BlockNumber) {
+            self.pages.retain(|block, _| *block < blocks);
+            self.cap = Some(self.cap.map_or(blocks, |cap| cap.min(blocks)));
+            self.blocks = self.blocks.min(blocks);
+        }
+
+        fn does(&mut self, number: u32, at: u64, step: &Step) {
+            let own = relation(number);
+            match step {
+                Step::Page { number: n, block, anew } if *n == number => {
+                    self.pages.entry(*block).or_default().push((at, *anew));
+                    self.blocks = self.blocks.max(block + 1);
+                    self.exists = Some(true);
+                }
+                Step::Files(Deed::Cut { relation, blocks, .. }) if *relation == own => self.cut(*blocks),
+                Step::Files(Deed::Create { relation, .. }) if *relation == own => self.exists = Some(true),
+                Step::Files(Deed::Drop(relation)) if *relation == own => {
+                    self.cut(0);
+                    self.exists = Some(false);
+                }
+                Step::Files(Deed::DropDatabase { db_oid, .. }) if *db_oid == own.db_oid => {
+                    *self = Self { is_lost: true, ..Self::default() };
+                }
+                Step::Files(Deed::Copy(_)) => *self = Self::default(),
+                _ => {}
+            }
+        }
+    }
+
+    /// What is applied to each page of a fork.
+    fn applied(
+        log: &Log,
+        kept: &Kept,
+        relation: RelFileLocator,
+        fork: &Fork,
+    ) -> BTreeMap<BlockNumber, Vec<(u64, bool)>> {
+        let mut pages: BTreeMap<BlockNumber, Vec<(u64, bool)>> = BTreeMap::new();
+        for (part, chain) in &fork.parts {
+            let tag = PartTag { relation, fork: ForkNumber::Main, part: *part };
+            let made_anew = kept.made_anew(tag);
+            let each = |e: super::super::batch::Entry<'_>| -> io::Result<()> {
+                let to_come = !e.anew && made_anew.is_some_and(|blocks| blocks.contains(e.block));
+                if pages.contains_key(&e.block) || !to_come {
+                    pages.entry(e.block).or_default().push((e.start.get(), e.anew));
+                }
+                Ok(())
+            };
+            chain.oldest_first(&log.spill, &(0..PART_BLOCKS), each).unwrap();
+        }
+        pages
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        /// However many segments are taken apart while newer ones are still to be added.
+        #[test]
+        fn what_is_kept_of_a_log_is_what_comes_of_it(
+            segments in proptest::collection::vec(proptest::collection::vec(step(), 0..20), 1..8),
+            ahead in 0usize..4,
+            memory in prop_oneof![Just(usize::MAX), 0usize..4000],
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut keeper = Keeper::new(Spill::new(dir.path()).unwrap(), memory, None);
+            let told: Vec<Vec<_>> = segments.iter().enumerate().map(|(s, steps)| {
+                steps.iter().enumerate().map(|(i, step)| match *step {
+                    Step::Page { number, block, anew } => {
+                        let tag = PageTag { relation: relation(number), fork: ForkNumber::Main, block };
+                        Ok((tag, anew, Lsn::from((s * 1000 + i) as u64 * 8)))
+                    }
+                    Step::Files(deed) => Err(deed),
+                }).collect()
+            }).collect();
+            let taken = |s: usize, newer: &Newer| {
+                Decoded::of(&told[s], newer, true).unwrap_or_else(|| Decoded::of(&told[s], newer, false).unwrap())
+            };
+            let mut under_way = VecDeque::new();
+            for s in (0..segments.len()).rev() {
+                under_way.push_back((s, taken(s, keeper.newer())));
+                while under_way.len() > if s == 0 { 0 } else { ahead } {
+                    let (s, mut decoded) = under_way.pop_front().unwrap();
+                    if !keeper.fits(&decoded) {
+                        decoded = taken(s, keeper.newer());
+                    }
+                    keeper.add(&mut decoded).unwrap();
+                    prop_assert!(keeper.buffered <= memory);
+                }
+            }
+            let log = keeper.finish();
+            let mut stretches = log.stretches.iter();
+            let mut expected = vec![Plain::default(); 4];
+            let all = segments.iter().enumerate().flat_map(|(s, steps)| {
+                steps.iter().enumerate().map(move |(i, step)| ((s * 1000 + i) as u64 * 8, step))
+            });
+            for (at, step) in all.map(|(at, step)| (at, Some(step))).chain([(0, None)]) {
+                if step.is_none_or(|step| matches!(step, Step::Files(Deed::Copy(_)))) {
+                    let kept = stretches.next().unwrap();
+                    for (number, plain) in (0u32..).zip(&expected) {
+                        let own = relation(number);
+                        let none = Relation::default();
+                        let found = kept.relations.get(&own).unwrap_or(&none);
+                        let (_, fork) = found.forks().next().unwrap();
+                        prop_assert_eq!((fork.cap, fork.blocks, fork.exists), (plain.cap, plain.blocks, plain.exists));
+                        let pages = applied(&log, kept, own, fork);
+                        prop_assert!(pages.keys().eq(plain.pages.keys()), "{:?} {:?}", pages, plain);
+                        for (block, all) in &plain.pages {
+                            let found = &pages[block];
+                            let tag = PageTag { relation: own, fork: ForkNumber::Main, block: *block };
+                            // From somewhere on, where nothing from before is needed, and no later than it is made anew last.
+                            prop_assert!(all.ends_with(found), "{} of {:?} of {:?}", block, found, all);
+                            let last = all.iter().rposition(|(_, anew)| *anew);
+                            prop_assert!(found.len() >= all.len() - last.unwrap_or(0));
+                            prop_assert!(last.is_none() || found[0].1);
+                            prop_assert_eq!(kept.is_superseded(tag), plain.is_lost || last.is_some() || plain.cap.is_some_and(|cap| *block >= cap));
+                        }
+                    }
+                }
+                for (number, plain) in (0u32..).zip(&mut expected) {
+                    if let Some(step) = step {
+                        plain.does(number, at, step);
+                    }
+                }
+            }
+            prop_assert!(stretches.next().is_none());
+        }
     }
 }

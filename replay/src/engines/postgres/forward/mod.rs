@@ -3,6 +3,7 @@
 //! from which PostgreSQL's own recovery goes on. Facts: docs/wal.md, "Redo".
 
 mod apply;
+mod batch;
 mod decode;
 mod keep;
 mod newer;
@@ -28,8 +29,8 @@ use super::redo::{self, RedoError, State, StateError};
 use decode::NO_RELATION;
 use keep::Log;
 
+pub(super) use batch::PART_BLOCKS;
 pub use decode::Unknown;
-pub(super) use keep::PART_BLOCKS;
 pub use point::{Forward, Point, Replay, ReplayMode, ReplayPlan, choose_replay};
 
 /// Why native replay came to no end.
@@ -219,15 +220,21 @@ impl Ready {
                 apply::copy_database(&files, copy.from, copy.to)?;
             }
             let mut blocks = Vec::new();
-            kept.state.oldest_first(&self.log.spill, |entry| -> Result<(), ForwardError> {
-                let record = Record::unpack(entry.packed, entry.of(NO_RELATION), control.major, &mut blocks);
-                let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
-                let effects = redo::effects(&record).map_err(|_| ForwardError::Kept { at: entry.start })?;
-                for effect in &effects {
-                    state.apply(effect, (entry.start, entry.end))?;
-                }
-                Ok(())
-            })?;
+            kept.state.oldest_first(
+                &self.log.spill,
+                &(0..PART_BLOCKS),
+                |entry| -> Result<(), ForwardError> {
+                    let record =
+                        Record::unpack(entry.packed, entry.of(NO_RELATION), control.major, &mut blocks);
+                    let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
+                    let effects =
+                        redo::effects(&record).map_err(|_| ForwardError::Kept { at: entry.start })?;
+                    for effect in &effects {
+                        state.apply(effect, (entry.start, entry.end))?;
+                    }
+                    Ok(())
+                },
+            )?;
             apply::shape(&files, kept)?;
             let done = apply::pages(&files, &self.log, kept, place.threads, progress)?;
             changes = changes.saturating_add(kept.changes);

@@ -1,51 +1,74 @@
 //! What the newer log, read before the older, makes irrelevant of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use foldhash::{HashMap, HashSet};
-use waltide_format::{BlockNumber, ForkNumber, Oid, RelFileLocator};
+use waltide_format::{BlockNumber, Oid, RelFileLocator};
 
+use super::batch::{PART_BLOCKS, PartTag};
 use super::decode::PageTag;
-use super::keep::PART_BLOCKS;
 
 const WORDS: usize = (PART_BLOCKS / u64::BITS) as usize;
+
+/// Some of a part's blocks, for all who look at them while there come to be more.
+#[derive(Debug)]
+pub(super) struct Blocks(Box<[AtomicU64; WORDS]>);
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self(Box::new([const { AtomicU64::new(0) }; WORDS]))
+    }
+}
+
+impl Blocks {
+    /// A block's word, and its bit there.
+    fn place(&self, block: BlockNumber) -> (Option<&AtomicU64>, u64) {
+        let within = block % PART_BLOCKS;
+        (self.0.get((within / u64::BITS) as usize), 1 << (within % u64::BITS))
+    }
+
+    /// Whether it is one of them.
+    pub(super) fn contains(&self, block: BlockNumber) -> bool {
+        let (word, bit) = self.place(block);
+        word.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0)
+    }
+
+    /// Makes it one of them; whether it was not.
+    pub(super) fn insert(&self, block: BlockNumber) -> bool {
+        let (word, bit) = self.place(block);
+        word.is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
+    }
+}
 
 /// What the log makes anew or removes behind a moment.
 #[derive(Debug, Default)]
 pub(super) struct MadeAnew {
-    /// A bit for each block of a part.
-    pages: HashMap<(RelFileLocator, ForkNumber, u32), Box<[u64; WORDS]>>,
+    parts: HashMap<PartTag, Arc<Blocks>>,
     /// Databases, each in a tablespace.
     gone: HashSet<(Oid, Oid)>,
-}
-
-/// A block's word and bit among those of its part.
-const fn bit_of(block: BlockNumber) -> (usize, u64) {
-    let within = block % PART_BLOCKS;
-    ((within / u64::BITS) as usize, 1 << (within % u64::BITS))
 }
 
 impl MadeAnew {
     /// Whether nothing that was done to a page before matters.
     pub(super) fn contains(&self, tag: PageTag) -> bool {
-        let PageTag { relation, fork, block } = tag;
-        let (word, bit) = bit_of(block);
-        let part = self.pages.get(&(relation, fork, block / PART_BLOCKS));
-        part.and_then(|words| words.get(word)).is_some_and(|word| word & bit != 0) || self.has_lost(relation)
+        self.parts.get(&tag.part()).is_some_and(|blocks| blocks.contains(tag.block))
+            || self.has_lost(tag.relation)
+    }
+
+    /// Those of a part's blocks of which nothing that was done before matters, if there is one.
+    pub(super) fn blocks(&self, part: PartTag) -> Option<&Arc<Blocks>> {
+        self.parts.get(&part)
+    }
+
+    /// The same, to add to them.
+    pub(super) fn blocks_mut(&mut self, part: PartTag) -> &Blocks {
+        self.parts.entry(part).or_default()
     }
 
     /// Whether the relation's database is removed later.
     pub(super) fn has_lost(&self, relation: RelFileLocator) -> bool {
         !self.gone.is_empty() && self.gone.contains(&(relation.spc_oid, relation.db_oid))
-    }
-
-    pub(super) fn insert(&mut self, tag: PageTag) {
-        let PageTag { relation, fork, block } = tag;
-        let (word, bit) = bit_of(block);
-        let part = self.pages.entry((relation, fork, block / PART_BLOCKS));
-        if let Some(word) = part.or_insert_with(|| Box::new([0; WORDS])).get_mut(word) {
-            *word |= bit;
-        }
     }
 
     pub(super) fn lose_database(&mut self, spc_oid: Oid, db_oid: Oid) {
@@ -65,11 +88,6 @@ pub(super) struct Stretch {
 }
 
 impl Stretch {
-    /// Whether nothing that was done to a page before matters to this stretch.
-    pub(super) fn makes_anew(&self, tag: PageTag) -> bool {
-        self.made_anew.contains(tag)
-    }
-
     /// Which stretch it is, counted from the log's end.
     pub(super) const fn stretch(&self) -> usize {
         self.number
@@ -105,6 +123,7 @@ impl Newer {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use waltide_format::ForkNumber;
 
     fn tag() -> impl Strategy<Value = PageTag> {
         let block = prop_oneof![0u32..3, PART_BLOCKS - 2..PART_BLOCKS + 2, 60u32..70, u32::MAX - 1..u32::MAX];
@@ -124,20 +143,20 @@ mod tests {
         ) {
             let newer = Newer::default();
             for tag in &put {
-                newer.write().made_anew_mut().insert(*tag);
+                newer.write().made_anew_mut().blocks_mut(tag.part()).insert(tag.block);
             }
             if let Some(db_oid) = lost {
                 newer.write().made_anew_mut().lose_database(1663, db_oid);
             }
             for tag in asked.iter().chain(&put) {
                 let expected = put.contains(tag) || lost == Some(tag.relation.db_oid);
-                prop_assert_eq!(newer.read().makes_anew(*tag), expected);
+                prop_assert_eq!(newer.read().made_anew().contains(*tag), expected);
             }
             prop_assert_eq!(newer.read().stretch(), 0);
             let before = newer.begin_stretch();
             prop_assert_eq!(newer.read().stretch(), 1);
             for tag in &put {
-                prop_assert!(before.contains(*tag) && !newer.read().makes_anew(*tag));
+                prop_assert!(before.contains(*tag) && !newer.read().made_anew().contains(*tag));
             }
         }
     }

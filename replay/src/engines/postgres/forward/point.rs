@@ -17,8 +17,9 @@ use waltide_storage::{Archive, Progress};
 
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::selection::Selection;
+use super::batch::PART_BLOCKS;
 use super::decode::{Unknown, Wanted};
-use super::keep::{Keeper, PART_BLOCKS};
+use super::keep::Keeper;
 use super::scan::UNDER_WAY;
 use super::spill::Spill;
 use super::{ForwardError, Ready, scan};

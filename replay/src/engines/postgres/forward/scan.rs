@@ -39,7 +39,7 @@ pub(super) async fn scan(
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))
         .collect();
-    let pools = (Pool::default(), Pool::default(), Pools::default());
+    let pools = (Pool::default(), Pool::default(), Pools::new(keeper.idle().clone()));
     let read = |number: usize| async move {
         let Some(segment) = segments.get(number) else { return Ok((number, Bytes::new())) };
         Ok::<_, SearchError>((number, indexes.object(&segment.entry).await?))
@@ -69,13 +69,13 @@ pub(super) async fn scan(
                 Ok(decoded) if !keeper.fits(&decoded) => blocking(|| wal.take(keeper.newer())),
                 taken => taken,
             };
-            let decoded = taken.map_err(|e| failed(e, segment))?;
+            let mut decoded = taken.map_err(|e| failed(e, segment))?;
             if let Some(at) = decoded.unfinished
-                && let Some(long) = long_record(indexes, segments, wal.number, at).await?
+                && let Some(mut long) = long_record(indexes, segments, wal.number, at).await?
             {
-                blocking(|| keeper.add(&long))?;
+                blocking(|| keeper.add(&mut long))?;
             }
-            blocking(|| keeper.add(&decoded))?;
+            blocking(|| keeper.add(&mut decoded))?;
             progress.advance(segment.entry.info.size.bytes());
         }
         if !more {
