@@ -50,12 +50,11 @@ fn cleared(record: &Record<'_>) -> [Option<(RelFileLocator, BlockNumber)>; 2] {
     let main = record.main_data();
     let flags_at = |offset: usize| main.get(offset).copied().unwrap_or(0);
     let map_of = |id: u8| {
-        let heap = record.block(id)?;
-        let block = vm_block_of(heap.block);
-        let named = record
-            .blocks()
-            .any(|b| b.fork == ForkNumber::Vm && b.relation == heap.relation && b.block == block);
-        (!named).then_some((heap.relation, heap.block))
+        let (relation, _, heap) = record.page(id)?;
+        let block = vm_block_of(heap);
+        let named =
+            record.blocks().any(|b| b.fork == ForkNumber::Vm && b.relation == relation && b.block == block);
+        (!named).then_some((relation, heap))
     };
     let one = |set: bool| [if set { map_of(0) } else { None }, None];
     if record.rmgr() == Rmgr::HEAP {
@@ -67,7 +66,7 @@ fn cleared(record: &Record<'_>) -> [Option<(RelFileLocator, BlockNumber)>; 2] {
             // old_xmax, old_offnum, old_infobits_set, flags; block 1 is the old page where it is another one
             HEAP_UPDATE | HEAP_HOT_UPDATE => {
                 let flags = flags_at(7);
-                let old = if record.block(1).is_some_and(|b| b.fork == ForkNumber::Main) { 1 } else { 0 };
+                let old = record.page(1).is_some_and(|(_, fork, _)| fork == ForkNumber::Main).into();
                 [
                     if flags & ALL_VISIBLE_CLEARED != 0 { map_of(old) } else { None },
                     if flags & NEW_ALL_VISIBLE_CLEARED != 0 { map_of(0) } else { None },

@@ -99,7 +99,7 @@ impl<'a> Record<'a> {
         let toplevel_xid =
             if shape & HAS_TOPLEVEL_XID != 0 { Some(r.u32("toplevel_xid")?.into()) } else { None };
         for _ in 0..shape & COUNT_MASK {
-            blocks.push(BlockRef::unpack(r, of, major)?);
+            BlockRef::unpack(r, of, major, blocks)?;
         }
         let mut place = |span: &mut Span| {
             span.from = u32::try_from(r.position()).unwrap_or(u32::MAX);
@@ -120,24 +120,31 @@ impl<'a> Record<'a> {
 }
 
 impl BlockRef {
-    fn unpack(r: &mut Reader<'_>, of: PackedFor, major: PgMajor) -> Result<Self, Corrupt> {
+    /// Puts a block behind those that were unpacked.
+    fn unpack(
+        r: &mut Reader<'_>,
+        of: PackedFor,
+        major: PgMajor,
+        blocks: &mut Vec<Self>,
+    ) -> Result<(), Corrupt> {
         let at = r.position();
         let [id, flags] = r.array("packed block")?;
-        let invalid = Corrupt::invalid("fork_flags", at.saturating_add(1), u64::from(flags));
-        let fork = ForkNumber::new(flags & FORK_MASK).ok_or(invalid)?;
+        let invalid = || Corrupt::invalid("fork_flags", at.saturating_add(1), u64::from(flags));
+        let fork = ForkNumber::new(flags & FORK_MASK).ok_or_else(invalid)?;
         let relation = if id & IS_NEAR != 0 { of.relation } else { read_relation(r)? };
-        let mut block = Self {
+        let data = Span::default();
+        let block = blocks.push_mut(Self {
             id: id & ID_MASK,
             flags,
             fork,
             relation,
             block: of.block,
             image: None,
-            data: Span::default(),
-        };
+            data,
+        });
         if id & IS_OWN == 0 {
             block.block = r.u32("blkno")?;
-            return Ok(block);
+            return Ok(());
         }
         if flags & HAS_DATA != 0 {
             block.data.bytes = r.varint_u32("data_length")?;
@@ -146,7 +153,7 @@ impl BlockRef {
             let header = ImageHeader::decode(r, major)?;
             block.image = Some((header, Span { from: 0, bytes: u32::from(header.bytes) }));
         }
-        Ok(block)
+        Ok(())
     }
 }
 

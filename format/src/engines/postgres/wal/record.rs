@@ -265,6 +265,12 @@ impl<'a> Record<'a> {
         self.blocks.iter().find(|block| block.id == id).map(|block| block.view(self.bytes))
     }
 
+    /// The page that the block of that number names, where there is one.
+    pub fn page(&self, id: u8) -> Option<(RelFileLocator, ForkNumber, BlockNumber)> {
+        let block = self.blocks.iter().find(|block| block.id == id)?;
+        Some((block.relation, block.fork, block.block))
+    }
+
     /// Bytes of full-page images. The rest is what pg_waldump calls the record's length.
     pub fn image_bytes(&self) -> u32 {
         let bytes = self.blocks.iter().filter_map(|block| block.image.map(|(header, _)| header.bytes));
@@ -295,7 +301,6 @@ impl Layout {
         r.take(RECORD_HEADER_BYTES, "record header")?;
         let mut parsed = Parsed { main: Span::default(), origin: None, toplevel_xid: None };
         let mut data_bytes = 0usize;
-        let mut relation = None;
         while left(r) > data_bytes {
             let at = r.position();
             let id = r.u8("block_id")?;
@@ -319,11 +324,8 @@ impl Layout {
                     if id > BLOCK_ID_MAX || !in_order {
                         return Err(Corrupt::invalid("block_id", at, u64::from(id)));
                     }
-                    let block = BlockRef::decode(r, id, relation, major)?;
-                    relation = Some(block.relation);
-                    let image = block.image.map_or(0, |(_, span)| span.bytes as usize);
-                    data_bytes = data_bytes.saturating_add(image).saturating_add(block.data.bytes as usize);
-                    blocks.push(block);
+                    let more = BlockRef::decode(r, id, major, blocks)?;
+                    data_bytes = data_bytes.saturating_add(more);
                 }
             }
         }
@@ -357,38 +359,36 @@ impl Layout {
 }
 
 impl BlockRef {
-    fn decode(
-        r: &mut Reader<'_>,
-        id: u8,
-        previous: Option<RelFileLocator>,
-        major: PgMajor,
-    ) -> Result<Self, Corrupt> {
+    /// Puts a block behind those that were decoded; how many bytes of data and image it has. Each is put down field by field:
+    /// to move one that is whole takes as long as all the rest.
+    fn decode(r: &mut Reader<'_>, id: u8, major: PgMajor, blocks: &mut Vec<Self>) -> Result<usize, Corrupt> {
         let flags_at = r.position();
         let flags = r.u8("fork_flags")?;
-        let invalid_flags = Corrupt::invalid("fork_flags", flags_at, u64::from(flags));
-        let fork = ForkNumber::new(flags & FORK_MASK).ok_or(invalid_flags)?;
+        let invalid_flags = || Corrupt::invalid("fork_flags", flags_at, u64::from(flags));
+        let fork = ForkNumber::new(flags & FORK_MASK).ok_or_else(invalid_flags)?;
         let len_at = r.position();
         let data_bytes = r.u16("data_length")?;
         if (flags & HAS_DATA != 0) != (data_bytes > 0) {
             return Err(Corrupt::invalid("data_length", len_at, u64::from(data_bytes)));
         }
-        let image = if flags & HAS_IMAGE != 0 {
-            let header = ImageHeader::decode(r, major)?;
-            Some((header, Span { from: 0, bytes: u32::from(header.bytes) }))
+        let data = Span { from: 0, bytes: u32::from(data_bytes) };
+        let image = if flags & HAS_IMAGE != 0 { Some(ImageHeader::decode(r, major)?) } else { None };
+        let (spc_oid, db_oid, rel_number) = if flags & SAME_REL != 0 {
+            let RelFileLocator { spc_oid, db_oid, rel_number } =
+                blocks.last().ok_or_else(invalid_flags)?.relation;
+            (spc_oid, db_oid, rel_number)
         } else {
-            None
+            (r.u32("spcOid")?, r.u32("dbOid")?, r.u32("relNumber")?)
         };
-        let relation = if flags & SAME_REL != 0 { previous.ok_or(invalid_flags)? } else { read_relation(r)? };
+        let relation = RelFileLocator { spc_oid, db_oid, rel_number };
         let block = r.u32("blkno")?;
-        Ok(Self {
-            id,
-            flags,
-            fork,
-            relation,
-            block,
-            image,
-            data: Span { from: 0, bytes: u32::from(data_bytes) },
-        })
+        let pushed = blocks.push_mut(Self { id, flags, fork, relation, block, image: None, data });
+        let mut bytes = usize::from(data_bytes);
+        if let Some(header) = image {
+            pushed.image = Some((header, Span { from: 0, bytes: u32::from(header.bytes) }));
+            bytes = bytes.saturating_add(header.bytes.into());
+        }
+        Ok(bytes)
     }
 
     fn view<'a>(&self, record: &'a [u8]) -> Block<'a> {
