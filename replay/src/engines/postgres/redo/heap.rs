@@ -1,5 +1,7 @@
 //! Records of the heap: rows in, changed, out, locked, frozen and pruned, and the visibility map beside them.
 
+use std::ops::Range;
+
 use waltide_format::engines::postgres::wal::{
     Block, Record, Rmgr, VM_HEAP_BLOCKS_PER_PAGE, implicit_vm_clears, vm_block_of,
 };
@@ -196,20 +198,57 @@ impl TupleHeader {
         Ok(Self { infomask2: r.u16("t_infomask2")?, infomask: r.u16("t_infomask")?, hoff: r.u8("t_hoff")? })
     }
 
-    /// A row with that header and these bytes behind the fixed part of it.
-    fn row(&self, xmin: u32, xmax: u32, ctid: [u8; 6], parts: &[&[u8]]) -> Vec<u8> {
-        let bytes = parts.iter().map(|part| part.len()).fold(TUPLE_HEADER_BYTES, usize::saturating_add);
-        let mut row = Vec::with_capacity(bytes);
-        row.resize(TUPLE_HEADER_BYTES, 0);
-        let mut put = Row(&mut row);
-        put.put(T_XMIN, &xmin.to_le_bytes());
-        put.put(T_XMAX, &xmax.to_le_bytes());
-        put.put(T_CTID, &ctid);
+    /// Puts a row with that header, and with these bytes behind the fixed part of it, into a page.
+    fn put_row(&self, page: &mut Page, number: u16, of: &RowOf, parts: &[Part<'_>]) -> Result<(), Corrupt> {
+        let bytes = parts.iter().map(Part::len).fold(TUPLE_HEADER_BYTES, usize::saturating_add);
+        let mut at = page.place_heap_item(number, bytes)?;
+        let mut fixed = [0; TUPLE_HEADER_BYTES];
+        let mut put = Row(&mut fixed);
+        put.put(T_XMIN, &of.xmin.to_le_bytes());
+        put.put(T_XMAX, &of.xmax.to_le_bytes());
+        put.put(T_CTID, &tid(of.block, number));
         put.put(T_INFOMASK2, &self.infomask2.to_le_bytes());
         put.put(T_INFOMASK, &(self.infomask & !COMBOCID).to_le_bytes());
         put.put(T_HOFF, &[self.hoff]);
-        parts.iter().for_each(|part| row.extend_from_slice(part));
-        row
+        page.write(at, &fixed)?;
+        at = at.saturating_add(TUPLE_HEADER_BYTES);
+        for part in parts {
+            match part {
+                Part::Bytes(bytes) => page.write(at, bytes)?,
+                Part::Page(from) => page.copy(from.clone(), at)?,
+            }
+            at = at.saturating_add(part.len());
+        }
+        Ok(())
+    }
+}
+
+/// What a new row's header has besides.
+struct RowOf {
+    xmin: u32,
+    xmax: u32,
+    block: BlockNumber,
+}
+
+impl RowOf {
+    fn new(record: &Record<'_>, block: &Block<'_>) -> Self {
+        Self { xmin: record.header.xid.get(), xmax: 0, block: block.block }
+    }
+}
+
+/// Bytes of a new row.
+enum Part<'a> {
+    Bytes(&'a [u8]),
+    /// Those that are there on its page.
+    Page(Range<usize>),
+}
+
+impl Part<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Part::Bytes(bytes) => bytes.len(),
+            Part::Page(range) => range.len(),
+        }
     }
 }
 
@@ -221,8 +260,7 @@ fn insert(record: &Record<'_>, block: &Block<'_>, page: &mut Page) -> Result<(),
     }
     let mut data = Reader::new(block.data);
     let header = TupleHeader::read(&mut data)?;
-    let row = header.row(record.header.xid.get(), 0, tid(block.block, number), &[data.rest()]);
-    page.put_heap_item(number, &row)?;
+    header.put_row(page, number, &RowOf::new(record, block), &[Part::Bytes(data.rest())])?;
     inserted(page, flags);
     Ok(())
 }
@@ -255,8 +293,7 @@ fn multi_insert(record: &Record<'_>, block: &Block<'_>, page: &mut Page) -> Resu
         let length = data.u16("datalen")?;
         let header = TupleHeader::read(&mut data)?;
         let bytes = data.take(length.into(), "tuple")?;
-        let row = header.row(record.header.xid.get(), 0, tid(block.block, number), &[bytes]);
-        page.put_heap_item(number, &row)?;
+        header.put_row(page, number, &RowOf::new(record, block), &[Part::Bytes(bytes)])?;
     }
     data.finish("tuples")?;
     inserted(page, flags);
@@ -307,8 +344,8 @@ fn update(record: &Record<'_>, block: &Block<'_>, page: &mut Page) -> Result<(),
         new_xmax: main.u32("new_xmax")?,
         new_number: main.u16("new_offnum")?,
     };
-    let new_block = record.block(0).map_or(block.block, |new| new.block);
-    let same_page = record.block(1).is_none_or(|old| old.fork != ForkNumber::Main);
+    let new_block = record.page(0).map_or(block.block, |(_, _, new)| new);
+    let same_page = record.page(1).is_none_or(|(_, fork, _)| fork != ForkNumber::Main);
     if block.id == 1 || same_page {
         let mut row = Row::on(page, update.old_number)?;
         let is_hot = record.kind() & OPMASK == HEAP_HOT_UPDATE;
@@ -343,25 +380,31 @@ fn put_new_row(
     let prefix: usize = shared(UPDATE_PREFIX_FROM_OLD, "prefixlen")?.into();
     let suffix: usize = shared(UPDATE_SUFFIX_FROM_OLD, "suffixlen")?.into();
     let header = TupleHeader::read(&mut data)?;
-    let mut old: &[u8] = &[];
+    let mut old = 0..0;
     if prefix > 0 || suffix > 0 {
         if !same_page {
             return Err(Corrupt::invalid("flags", 7, update.flags.into()));
         }
-        old = page.item(update.old_number)?;
+        let item = page.item(update.old_number)?;
+        let hoff: usize = item.get(T_HOFF).copied().unwrap_or(0).into();
+        old = page.item_range(update.old_number)?;
+        old.start = old.start.saturating_add(hoff).min(old.end);
     }
-    let old_data = old.get(old.get(T_HOFF).copied().unwrap_or(0).into()..).unwrap_or_default();
-    let too_long = |field, length: usize| Corrupt::too_large(field, 0, length as u64, old_data.len() as u64);
-    let front = old_data.get(..prefix).ok_or(too_long("prefixlen", prefix))?;
-    let back_at = old_data.len().checked_sub(suffix).ok_or(too_long("suffixlen", suffix))?;
-    let back = old_data.get(back_at..).unwrap_or_default();
+    let too_long = |field, length: usize| Corrupt::too_large(field, 0, length as u64, old.len() as u64);
+    if prefix > old.len() {
+        return Err(too_long("prefixlen", prefix));
+    }
+    if suffix > old.len() {
+        return Err(too_long("suffixlen", suffix));
+    }
+    let front = Part::Page(old.start..old.start.saturating_add(prefix));
+    let back = Part::Page(old.end.saturating_sub(suffix)..old.end);
     // The null bitmap and padding come before what is shared.
     let bitmap = if prefix > 0 { usize::from(header.hoff).saturating_sub(TUPLE_HEADER_BYTES) } else { 0 };
     let bitmap = data.take(bitmap, "t_bits")?;
-    let parts = [bitmap, front, data.rest(), back];
-    let ctid = tid(block.block, update.new_number);
-    let row = header.row(record.header.xid.get(), update.new_xmax, ctid, &parts);
-    page.put_heap_item(update.new_number, &row)?;
+    let parts = [Part::Bytes(bitmap), front, Part::Bytes(data.rest()), back];
+    let of = RowOf { xmax: update.new_xmax, ..RowOf::new(record, block) };
+    header.put_row(page, update.new_number, &of, &parts)?;
     if update.flags & UPDATE_NEW_ALL_VISIBLE_CLEARED != 0 {
         page.set_all_visible(false);
     }

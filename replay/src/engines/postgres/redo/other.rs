@@ -16,7 +16,8 @@ pub(super) fn sequence(record: &Record<'_>, page: &mut Page) -> Result<(), Corru
     main.take(LOCATOR_BYTES, "node")?;
     page.init(4);
     page.put_u32(page.special(), SEQUENCE_MAGIC);
-    page.put_heap_item(1, main.rest())
+    let at = page.place_heap_item(1, main.left())?;
+    page.write(at, main.rest())
 }
 
 /// Ranges of bytes as they are now; the page's hole is zeros.

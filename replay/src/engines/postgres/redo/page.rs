@@ -1,6 +1,8 @@
 //! What redo does to a page: line pointers and items put in, taken out, moved together. Every position is checked
 //! before it is used, so that no page and no record can do more than be refused.
 
+use std::ops::Range;
+
 use waltide_format::engines::postgres::cluster::data_page;
 use waltide_format::{BLOCK_BYTES, BlockNumber, Corrupt, Lsn};
 
@@ -264,6 +266,22 @@ impl Page {
         Ok((offset, length))
     }
 
+    /// Where an item's bytes are.
+    pub(super) fn item_range(&self, number: u16) -> Result<Range<usize>, Corrupt> {
+        let (offset, length) = self.place(number)?;
+        Ok(offset..offset.saturating_add(length))
+    }
+
+    /// Copies bytes of the page to another place of it.
+    pub(super) fn copy(&mut self, from: Range<usize>, to: usize) -> Result<(), Corrupt> {
+        let end = to.saturating_add(from.len());
+        if from.end > BLOCK_BYTES || end > BLOCK_BYTES {
+            return Err(Corrupt::too_large("offset", to as u64, end as u64, BLOCK_BYTES as u64));
+        }
+        self.0.copy_within(from, to);
+        Ok(())
+    }
+
     /// An item's bytes.
     pub(super) fn item(&self, number: u16) -> Result<&[u8], Corrupt> {
         let (offset, length) = self.place(number)?;
@@ -286,17 +304,19 @@ impl Page {
         Ok(self.0.get_mut(offset..offset.saturating_add(length)).unwrap_or_default())
     }
 
-    /// Puts an item in as `number`, which is unused or one more than there are: how the heap does it.
-    pub(super) fn put_heap_item(&mut self, number: u16, item: &[u8]) -> Result<(), Corrupt> {
-        self.put_item_as(number, item, HEAP_ITEMS_MAX)
+    /// Makes room for an item of `length` bytes as `number`, which is unused or one more than there are: how the heap does
+    /// it. Where its bytes go.
+    pub(super) fn place_heap_item(&mut self, number: u16, length: usize) -> Result<usize, Corrupt> {
+        self.place_item_as(number, length, HEAP_ITEMS_MAX)
     }
 
-    /// The same on an index page, whose items keep their numbers too.
+    /// Puts an item in so on an index page, whose items keep their numbers too.
     pub(super) fn put_index_item(&mut self, number: u16, item: &[u8]) -> Result<(), Corrupt> {
-        self.put_item_as(number, item, INDEX_ITEMS_MAX)
+        let at = self.place_item_as(number, item.len(), INDEX_ITEMS_MAX)?;
+        self.write(at, item)
     }
 
-    fn put_item_as(&mut self, number: u16, item: &[u8], max: u16) -> Result<(), Corrupt> {
+    fn place_item_as(&mut self, number: u16, length: usize, max: u16) -> Result<usize, Corrupt> {
         self.check_items()?;
         if number == 0 || number > max {
             return Err(Corrupt::too_large("offnum", 0, number.into(), max.into()));
@@ -306,7 +326,7 @@ impl Page {
             let at = Self::line_pointer_at(number) as u64;
             return Err(Corrupt::invalid("lp_flags", at, self.u32(Self::line_pointer_at(number)).into()));
         }
-        self.put_item(number, item, is_next)
+        self.place_item(number, length, is_next)
     }
 
     /// Puts an item in as `number`, those from there on moving up by one: how an index does it.
@@ -317,27 +337,28 @@ impl Page {
         }
         let (from, to) = (Self::line_pointer_at(number), self.lower());
         // The room is looked for before anything moves.
-        self.room_for(item, true)?;
+        self.room_for(item.len(), true)?;
         self.0.copy_within(from..to, from.saturating_add(LINE_POINTER_BYTES));
-        self.put_item(number, item, true)
+        let at = self.place_item(number, item.len(), true)?;
+        self.write(at, item)
     }
 
-    fn room_for(&self, item: &[u8], grows: bool) -> Result<(usize, usize), Corrupt> {
+    fn room_for(&self, length: usize, grows: bool) -> Result<(usize, usize), Corrupt> {
         let lower = self.lower().saturating_add(if grows { LINE_POINTER_BYTES } else { 0 });
-        let upper = self.upper().checked_sub(aligned(item.len())).filter(|upper| lower <= *upper);
+        let upper = self.upper().checked_sub(aligned(length)).filter(|upper| lower <= *upper);
         let free = self.upper().saturating_sub(lower) as u64;
-        let upper = upper.ok_or(Corrupt::too_large("item", UPPER as u64, item.len() as u64, free))?;
+        let upper = upper.ok_or(Corrupt::too_large("item", UPPER as u64, length as u64, free))?;
         Ok((lower, upper))
     }
 
-    fn put_item(&mut self, number: u16, item: &[u8], grows: bool) -> Result<(), Corrupt> {
-        let (lower, upper) = self.room_for(item, grows)?;
+    fn place_item(&mut self, number: u16, length: usize, grows: bool) -> Result<usize, Corrupt> {
+        let (lower, upper) = self.room_for(length, grows)?;
         let offset = u16::try_from(upper).unwrap_or(0);
-        let length = u16::try_from(item.len()).unwrap_or(0);
-        self.write(upper, item)?;
+        let length = u16::try_from(length).unwrap_or(0);
         self.set_lower(lower);
         self.set_upper(upper);
-        self.set_line_pointer(number, LinePointer { offset, state: State::Normal, length })
+        self.set_line_pointer(number, LinePointer { offset, state: State::Normal, length })?;
+        Ok(upper)
     }
 
     /// Takes an item and its line pointer out of an index page: `PageIndexTupleDelete`.
@@ -469,23 +490,46 @@ impl Page {
     fn compact(&mut self) -> Result<(), Corrupt> {
         let special = self.special();
         let mut upper = special;
-        let before = self.0.clone();
+        // Where they lie in that order already, none is moved over one that is still to be moved.
+        let before = if self.is_in_order()? { None } else { Some(self.0.clone()) };
         for number in 1..=self.items() {
             let pointer = self.line_pointer(number)?;
             if !pointer.has_storage() {
                 continue;
             }
             let (from, length) = (usize::from(pointer.offset), aligned(pointer.length.into()));
-            let item = before.get(from..from.saturating_add(length)).filter(|_| from >= self.upper());
-            let broken = Corrupt::invalid("lp_off", Self::line_pointer_at(number) as u64, from as u64);
-            let item = item.filter(|_| from.saturating_add(length) <= special).ok_or(broken)?;
-            upper = upper.checked_sub(length).filter(|upper| *upper >= self.lower()).ok_or(broken)?;
-            self.write(upper, item)?;
+            let broken = || Corrupt::invalid("lp_off", Self::line_pointer_at(number) as u64, from as u64);
+            let end = from.saturating_add(length);
+            if from < self.upper() || end > special {
+                return Err(broken());
+            }
+            upper = upper.checked_sub(length).filter(|upper| *upper >= self.lower()).ok_or_else(broken)?;
+            match &before {
+                Some(before) => self.write(upper, before.get(from..end).unwrap_or_default())?,
+                None if upper == from => continue,
+                None => self.copy(from..end, upper)?,
+            }
             let offset = u16::try_from(upper).unwrap_or(0);
             self.set_line_pointer(number, LinePointer { offset, ..pointer })?;
         }
         self.set_upper(upper);
         Ok(())
+    }
+
+    /// Whether the items lie behind each other from the page's end, the first line pointer's last.
+    fn is_in_order(&self) -> Result<bool, Corrupt> {
+        let mut end = self.special();
+        for number in 1..=self.items() {
+            let pointer = self.line_pointer(number)?;
+            let (from, length) = (usize::from(pointer.offset), aligned(pointer.length.into()));
+            if pointer.has_storage() && from.saturating_add(length) > end {
+                return Ok(false);
+            }
+            if pointer.has_storage() {
+                end = from;
+            }
+        }
+        Ok(true)
     }
 
     /// Becomes the page that was made out of it.
@@ -528,14 +572,61 @@ pub(super) fn tid(block: BlockNumber, number: u16) -> [u8; 6] {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn items_move_together_whatever_their_order(
+            lengths in proptest::collection::vec(1usize..90, 1..40),
+            again in proptest::collection::vec((any::<prop::sample::Index>(), 1usize..90), 0..10),
+            unused in proptest::collection::vec(any::<prop::sample::Index>(), 0..10),
+        ) {
+            let mut page = Page::default();
+            page.init(16);
+            let mut items: Vec<Vec<u8>> = vec![Vec::new(); lengths.len()];
+            let put = |page: &mut Page, items: &mut Vec<Vec<u8>>, i: usize, length: usize| {
+                items[i] = (0..length).map(|b| (i * 7 + b) as u8).collect();
+                let at = page.place_heap_item(i as u16 + 1, length).unwrap();
+                page.write(at, &items[i]).unwrap();
+            };
+            for (i, length) in lengths.iter().enumerate() {
+                put(&mut page, &mut items, i, *length);
+            }
+            for (index, length) in &again {
+                let i = index.index(items.len());
+                page.set_line_pointer(i as u16 + 1, LinePointer::UNUSED).unwrap();
+                put(&mut page, &mut items, i, *length);
+            }
+            for index in &unused {
+                let i = index.index(items.len());
+                page.set_line_pointer(i as u16 + 1, LinePointer::UNUSED).unwrap();
+                items[i].clear();
+            }
+            page.repair_fragmentation().unwrap();
+            let mut upper = page.special();
+            for (number, item) in (1..=page.items()).zip(&items) {
+                if item.is_empty() {
+                    prop_assert_eq!(page.line_pointer(number).unwrap(), LinePointer::UNUSED);
+                } else {
+                    upper -= aligned(item.len());
+                    prop_assert_eq!(page.item_range(number).unwrap(), upper..upper + item.len());
+                    prop_assert_eq!(page.item(number).unwrap(), item);
+                }
+            }
+            prop_assert_eq!(page.upper(), upper);
+            prop_assert!(items.iter().skip(page.items().into()).all(Vec::is_empty));
+        }
+    }
 
     #[test]
     fn pruning_takes_away_the_unused_line_pointers_at_the_end() {
         let mut page = Page::default();
         page.init(0);
         for number in 1..=5 {
-            page.put_heap_item(number, &[u8::try_from(number).unwrap(); 40]).unwrap();
+            let at = page.place_heap_item(number, 40).unwrap();
+            page.write(at, &[u8::try_from(number).unwrap(); 40]).unwrap();
         }
         for number in [2, 4, 5] {
             page.set_line_pointer(number, LinePointer::UNUSED).unwrap();
