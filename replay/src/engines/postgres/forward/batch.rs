@@ -18,8 +18,14 @@ const IDLE_MAX: usize = 64;
 /// What says that an entry is no block reference's.
 const CLEAR_VISIBILITY: u8 = u8::MAX;
 const CUT_VISIBILITY: u8 = u8::MAX - 1;
-/// Beside a block reference's number, which is 32 at the most: nothing of the page as it was is needed.
+/// Beside a block reference's number, which is 32 at the most: nothing of the page as it was is needed; what is packed is
+/// told by how it differs from what was before.
 const ANEW: u8 = 0x40;
+const DIFFERS: u8 = 0x80;
+const ID_MASK: u8 = 0x3F;
+/// So many bytes of what is packed are told so at the most, in words.
+const BASE_BYTES: usize = 64;
+const WORD_BYTES: usize = 8;
 
 /// A part of a fork.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,6 +66,7 @@ pub(super) struct Batch {
     pub(super) of: Option<PartTag>,
     pub(super) bytes: Vec<u8>,
     last: Mark,
+    base: Base,
     /// So many blocks the fork has at least.
     pub(super) reach: BlockNumber,
     /// The lowest and the highest block, counted from the part's first.
@@ -74,6 +81,90 @@ pub(super) struct Batch {
 pub(super) struct Foot {
     bytes: u32,
     span: (u16, u16),
+}
+
+/// The first bytes of what was packed last.
+#[derive(Debug, Clone, Copy)]
+struct Base {
+    bytes: [u8; BASE_BYTES],
+    length: usize,
+}
+
+impl Default for Base {
+    fn default() -> Self {
+        Self { bytes: [0; BASE_BYTES], length: 0 }
+    }
+}
+
+/// How the first bytes of what is packed differ from those before: of each word which bytes do, then those.
+struct Differences {
+    bytes: [u8; BASE_BYTES + BASE_BYTES / WORD_BYTES],
+    used: usize,
+    /// So many bytes of what is packed they tell.
+    of: usize,
+}
+
+impl Differences {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.used).unwrap_or_default()
+    }
+}
+
+impl Base {
+    /// Of so many bytes, how many are told by how they differ.
+    fn shared(&self, length: usize) -> usize {
+        self.length.min(length) & !(WORD_BYTES - 1)
+    }
+
+    /// How `packed` differs, where that is shorter.
+    fn differences(&self, packed: &[u8]) -> Option<Differences> {
+        let of = self.shared(packed.len());
+        let mut told =
+            Differences { bytes: [0; BASE_BYTES + BASE_BYTES / WORD_BYTES], used: of / WORD_BYTES, of };
+        let words = packed.as_chunks::<WORD_BYTES>().0.iter().zip(self.bytes.as_chunks::<WORD_BYTES>().0);
+        for (number, (now, before)) in words.take(of / WORD_BYTES).enumerate() {
+            let mut differs = u64::from_le_bytes(*now) ^ u64::from_le_bytes(*before);
+            let mut which = 0u8;
+            while differs != 0 {
+                let bit = differs.trailing_zeros();
+                let at = bit / u8::BITS;
+                which |= 1 << at;
+                *told.bytes.get_mut(told.used)? = *now.get(at as usize)?;
+                told.used = told.used.saturating_add(1);
+                differs &= !0xFF_u64.rotate_left(bit & !7);
+            }
+            *told.bytes.get_mut(number)? = which;
+        }
+        (told.used < of).then_some(told)
+    }
+
+    /// Puts down what is packed from the byte `from` on.
+    fn set(&mut self, from: usize, packed: &[u8]) {
+        let length = packed.len().min(BASE_BYTES.saturating_sub(from));
+        if let (Some(to), Some(packed)) =
+            (self.bytes.get_mut(from..from.saturating_add(length)), packed.get(..length))
+        {
+            to.copy_from_slice(packed);
+        }
+        self.length = from.saturating_add(length);
+    }
+
+    /// Becomes what was packed of `length` bytes, as far as differences tell; how many bytes that is, and what is behind the
+    /// differences.
+    fn become_next<'a>(&mut self, length: usize, told: &'a [u8]) -> Option<(usize, &'a [u8])> {
+        let of = self.shared(length);
+        let (which, mut bytes) = told.split_at_checked(of / WORD_BYTES)?;
+        for (word, which) in self.bytes.as_chunks_mut::<WORD_BYTES>().0.iter_mut().zip(which) {
+            let mut which = *which;
+            while which != 0 {
+                let (byte, rest) = bytes.split_first()?;
+                *word.get_mut(which.trailing_zeros() as usize)? = *byte;
+                bytes = rest;
+                which &= which.wrapping_sub(1);
+            }
+        }
+        Some((of, bytes))
+    }
 }
 
 /// A difference, of which the sign is the lowest bit.
@@ -150,14 +241,22 @@ impl Batch {
         self.count > 0 && needed > PIECE_BYTES
     }
 
+    /// An entry takes no more, with what stands behind the batch. What is told by how it differs is shorter.
     const fn most(packed: usize) -> usize {
         packed.saturating_add(Head::BYTES_MAX).saturating_add(Foot::BYTES)
     }
 
     /// Adds an entry.
     pub(super) fn put(&mut self, entry: &Entry<'_>, idle: &Idle) {
+        let told = match entry.how {
+            How::Block(_) => self.base.differences(entry.packed),
+            _ => None,
+        };
         let (how, block) = match entry.how {
-            How::Block(id) => (id | if entry.anew { ANEW } else { 0 }, entry.block),
+            How::Block(id) => {
+                let differs = if told.is_some() { DIFFERS } else { 0 };
+                (id | differs | if entry.anew { ANEW } else { 0 }, entry.block)
+            }
             How::ClearVisibility => (CLEAR_VISIBILITY, entry.block),
             // The page follows from the heap's block.
             How::CutVisibility(heap) => (CUT_VISIBILITY, heap),
@@ -173,7 +272,12 @@ impl Batch {
         head.varint(zigzag(before.block, mark.block));
         idle.reserve(&mut self.bytes, Self::most(entry.packed.len()));
         self.bytes.extend_from_slice(head.bytes());
-        self.bytes.extend_from_slice(entry.packed);
+        let rest = told.map_or(entry.packed, |told| {
+            self.bytes.extend_from_slice(told.bytes());
+            entry.packed.get(told.of..).unwrap_or_default()
+        });
+        self.bytes.extend_from_slice(rest);
+        self.base.set(0, entry.packed);
         #[allow(clippy::cast_possible_truncation)] // a part has 4096 blocks
         let within = (entry.block % PART_BLOCKS) as u16;
         let (lowest, highest) = self.span.unwrap_or((within, within));
@@ -274,11 +378,14 @@ pub(super) fn last_batch<'a>(
 pub(super) struct Entries<'a> {
     bytes: &'a [u8],
     last: Mark,
+    base: Base,
+    /// What is packed where differences tell only a part of it.
+    whole: Vec<u8>,
 }
 
 impl<'a> Entries<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, last: Mark::default() }
+        Self { bytes, last: Mark::default(), base: Base::default(), whole: Vec::new() }
     }
 
     /// Whether all were taken.
@@ -309,22 +416,44 @@ impl<'a> Entries<'a> {
     }
 
     /// The next; none where what is there is none.
-    pub(super) fn next_entry(&mut self) -> Option<Entry<'a>> {
+    #[inline]
+    pub(super) fn next_entry(&mut self) -> Option<Entry<'_>> {
         let how = self.byte()?;
         let length = usize::try_from(self.varint()?).ok()?;
         let start = self.last.start.wrapping_add(self.varint()?.rotate_left(LOW_BITS));
         let end = start.wrapping_add(self.varint()?.rotate_left(LOW_BITS));
         let xid = unzigzag(self.last.xid, self.varint()?)?;
         let block = unzigzag(self.last.block, self.varint()?)?;
-        let (packed, rest) = self.bytes.split_at_checked(length)?;
-        self.bytes = rest;
         self.last = Mark { start, xid, block };
-        let (how, block, anew) = match how {
-            CLEAR_VISIBILITY => (How::ClearVisibility, block, false),
-            CUT_VISIBILITY => (How::CutVisibility(block), vm_block_of(block), false),
-            id => (How::Block(id & !ANEW), block, id & ANEW != 0),
+        let (start, end, xid) = (start.into(), end.into(), xid.into());
+        let (how, block, anew, differs) = match how {
+            CLEAR_VISIBILITY => (How::ClearVisibility, block, false, false),
+            CUT_VISIBILITY => (How::CutVisibility(block), vm_block_of(block), false, false),
+            id => (How::Block(id & ID_MASK), block, id & ANEW != 0, id & DIFFERS != 0),
         };
-        Some(Entry { start: start.into(), end: end.into(), xid: xid.into(), how, block, anew, packed })
+        let packed = self.packed(length, differs)?;
+        Some(Entry { start, end, xid, how, block, anew, packed })
+    }
+
+    /// What is packed of a record, `length` bytes.
+    fn packed(&mut self, length: usize, differs: bool) -> Option<&[u8]> {
+        if !differs {
+            let (packed, rest) = self.bytes.split_at_checked(length)?;
+            self.bytes = rest;
+            self.base.set(0, packed);
+            return Some(packed);
+        }
+        let (of, bytes) = self.base.become_next(length, self.bytes)?;
+        let (tail, rest) = bytes.split_at_checked(length.checked_sub(of)?)?;
+        self.bytes = rest;
+        self.base.set(of, tail);
+        if length <= BASE_BYTES {
+            return self.base.bytes.get(..length);
+        }
+        self.whole.clear();
+        self.whole.extend_from_slice(self.base.bytes.get(..of)?);
+        self.whole.extend_from_slice(tail);
+        Some(&self.whole)
     }
 }
 

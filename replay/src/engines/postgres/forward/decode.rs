@@ -12,7 +12,7 @@ use waltide_format::engines::postgres::wal::{
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer};
 
 use super::super::redo;
-use super::batch::{Batch, Entry, Idle, PART_BLOCKS, PartTag};
+use super::batch::{Batch, Entry, Idle, PART_BLOCKS, PIECE_BYTES, PartTag};
 use super::newer::{Blocks, Newer};
 use super::pool::{Pool, Pooled};
 
@@ -120,6 +120,8 @@ pub(super) struct Decoded {
     open: Vec<Open>,
     /// Where the open batch of a part is.
     places: HashMap<Option<PartTag>, usize>,
+    /// Where the one is that was added to last.
+    last: usize,
     /// Batches for their next use.
     spare: Vec<Batch>,
     idle: Idle,
@@ -395,7 +397,12 @@ impl Decoded {
 
     /// Where the open batch of a part is, or of what is in no relation's file.
     fn opened(&mut self, of: Option<PartTag>, newer: Option<&Newer>) -> usize {
+        // Most records are about what the one before was about.
+        if self.open.get(self.last).is_some_and(|open| open.batch.of == of) {
+            return self.last;
+        }
         if let Some(at) = self.places.get(&of) {
+            self.last = *at;
             return *at;
         }
         let mut open = Open { batch: self.spare.pop().unwrap_or_default(), ..Open::default() };
@@ -408,6 +415,7 @@ impl Decoded {
         let at = self.open.len();
         self.places.insert(of, at);
         self.open.push(open);
+        self.last = at;
         at
     }
 
@@ -463,6 +471,8 @@ impl Decoded {
         if batch.is_full_for(entry.packed.len()) {
             let mut next = self.spare.pop().unwrap_or_default();
             next.begin(batch.of);
+            // It will be as long as that.
+            self.idle.reserve(&mut next.bytes, PIECE_BYTES);
             self.steps.push(Step::Entries(std::mem::replace(batch, next)));
         }
         batch.put(entry, &self.idle);

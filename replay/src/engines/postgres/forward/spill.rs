@@ -185,10 +185,12 @@ mod tests {
         ]
     }
 
-    /// A packed record of any length: a piece of memory holds many, or less than one.
+    /// A packed record of any length, like the one before or not: a piece of memory holds many, or less than one.
     fn record() -> impl Strategy<Value = Vec<u8>> {
         let length = prop_oneof![9 => 0usize..50, 3 => 1_000usize..20_000, 1 => 100_000usize..200_000];
-        (any::<u8>(), length).prop_map(|(byte, length)| vec![byte; length])
+        let one = (any::<u8>(), length).prop_map(|(byte, length)| vec![byte; length]);
+        let alike = proptest::collection::vec(prop_oneof![9 => Just(7u8), 1 => any::<u8>()], 30..80);
+        prop_oneof![one, alike]
     }
 
     type Told = (u64, u64, u32, How, u32, bool, Vec<u8>);
