@@ -1,10 +1,11 @@
 //! Reads segments from the newest to the oldest and takes them apart side by side.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use tokio::sync::oneshot;
 use waltide_format::Lsn;
 use waltide_format::archive::StoredWal;
 use waltide_format::engines::postgres::wal::{Expected, Record, SegmentSpan};
@@ -19,7 +20,7 @@ use super::newer::Newer;
 use super::point::LogSegment;
 use super::pool::{Pool, Pooled};
 
-/// So many segments more than there are threads are being taken apart, or wait for what their records do to be added.
+/// So many segments more than there are threads are being taken apart, or wait for that.
 pub(super) const UNDER_WAY: usize = 2;
 /// So much of the segment that follows is read for the end of a record. Of a longer one it is read again.
 const END_BYTES: usize = 64 << 10;
@@ -46,7 +47,8 @@ pub(super) async fn scan(
     };
     let mut objects = stream::iter(numbers).map(read).buffered(threads.max(1));
     let mut next: Option<(usize, Bytes)> = None;
-    let mut taking: VecDeque<(Wal, tokio::task::JoinHandle<Taken>)> = VecDeque::new();
+    let mut taking: VecDeque<(Wal, oneshot::Receiver<Taken>)> = VecDeque::new();
+    let crew = crew(threads, keeper.newer());
     loop {
         let object = objects.try_next().await?;
         let more = object.is_some();
@@ -56,14 +58,15 @@ pub(super) async fn scan(
             next = Some((number, here.clone()));
             let (segments, (buffers, ends, pools)) = (Arc::clone(segments), pools.clone());
             let wal = Wal { segments, number, here, after, wanted, buffers, ends, pools };
-            let (task, newer) = (wal.clone(), keeper.newer().clone());
-            taking.push_back((wal, tokio::task::spawn_blocking(move || task.take(&newer))));
+            let (done, taken) = oneshot::channel();
+            let _ = crew.send((wal.clone(), done));
+            taking.push_back((wal, taken));
         }
         // While what one segment's records do is added, the others are taken apart.
         while taking.len() > if more { threads.saturating_add(UNDER_WAY) } else { 0 } {
-            let Some((wal, handle)) = taking.pop_front() else { break };
+            let Some((wal, taken)) = taking.pop_front() else { break };
             let Some(segment) = segments.get(wal.number) else { continue };
-            let taken = handle.await.expect("taking a segment apart does not panic");
+            let taken = taken.await.expect("taking a segment apart does not panic");
             let taken = match taken {
                 // A copy of a database was met since: what is of no use behind it may be of use to it.
                 Ok(decoded) if !keeper.fits(&decoded) => blocking(|| wal.take(keeper.newer())),
@@ -82,6 +85,23 @@ pub(super) async fn scan(
             return Ok(keeper.finish());
         }
     }
+}
+
+/// Threads that take segments apart, until nobody has any for them. Each takes the next at once.
+fn crew(threads: usize, newer: &Newer) -> mpsc::Sender<(Wal, oneshot::Sender<Taken>)> {
+    let (sender, segments) = mpsc::channel::<(Wal, oneshot::Sender<Taken>)>();
+    let segments = Arc::new(Mutex::new(segments));
+    for _ in 0..threads.max(1) {
+        let (segments, newer) = (Arc::clone(&segments), newer.clone());
+        tokio::task::spawn_blocking(move || {
+            loop {
+                let next = segments.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let Ok((wal, done)) = next else { return };
+                let _ = done.send(wal.take(&newer));
+            }
+        });
+    }
+    sender
 }
 
 /// A segment that is being taken apart, and the one that follows.
