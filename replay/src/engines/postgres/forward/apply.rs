@@ -23,6 +23,8 @@ use super::{ForwardError, Place};
 
 /// So many pages go to a file at once.
 const WRITE_PAGES: usize = 128;
+/// So many that lie side by side go around the page cache, where they are synced anyway and none of them was read.
+const DIRECT_PAGES: usize = 64;
 /// A file to which so many went goes on to the disk while others are written.
 const SYNC_PAGES: u64 = 512;
 /// So many files wait for that. Any more are left for the end.
@@ -155,10 +157,10 @@ pub(super) fn pages(
             let syncing = syncing.clone();
             scope.spawn(move || {
                 // Memory for one range after the other: so much that is new each time would cost much of the work.
-                let mut places = Vec::new();
+                let mut memory = Memory::default();
                 while !failed.load(Ordering::Relaxed) {
                     let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
-                    match range.apply(&mut places) {
+                    match range.apply(&mut memory) {
                         Ok((written, file, path)) => {
                             pages.fetch_add(written.pages, Ordering::Relaxed);
                             read.fetch_add(written.read, Ordering::Relaxed);
@@ -284,6 +286,20 @@ struct Range<'a> {
     bytes: u64,
 }
 
+/// What a thread applies one range after the other with.
+#[derive(Default)]
+struct Memory {
+    /// A place for each block of the range, as far as the last that is changed.
+    places: Vec<Option<Changing>>,
+    /// Pages on their way around the page cache.
+    direct: Vec<Aligned>,
+}
+
+/// A page where a device can take it from.
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Aligned([u8; BLOCK_BYTES]);
+
 /// A page on its way.
 struct Changing {
     page: Page,
@@ -291,8 +307,9 @@ struct Changing {
 }
 
 impl Range<'_> {
-    /// What was written, and to which file. `pages` is memory: a place for each block, as far as the last that is changed.
-    fn apply(&self, pages: &mut Vec<Option<Changing>>) -> Result<(Written, File, PathBuf), ForwardError> {
+    /// What was written, and to which file.
+    fn apply(&self, memory: &mut Memory) -> Result<(Written, File, PathBuf), ForwardError> {
+        let Memory { places: pages, direct } = memory;
         let Part { files, log, relation, fork, number, made_anew, chain } = self.part;
         let part = number.saturating_mul(PART_BLOCKS);
         let first = self.blocks.start;
@@ -339,7 +356,11 @@ impl Range<'_> {
             let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
             self.change(&entry, &record, changing)
         })?;
-        let written = self.write(&file, pages, at).map_err(ForwardError::io("write", &path))?;
+        // What was read is in the page cache, and would go to the device twice.
+        let around =
+            if files.durable && read == 0 && pages.len() >= DIRECT_PAGES { open_direct(&path) } else { None };
+        let to = To { file: &file, around, direct };
+        let written = self.write(to, pages, at).map_err(ForwardError::io("write", &path))?;
         Ok((Written { pages: written, read }, file, path))
     }
 
@@ -381,7 +402,7 @@ impl Range<'_> {
     /// Writes what was changed, neighbours together; how many pages.
     fn write(
         &self,
-        file: &File,
+        mut to: To<'_>,
         pages: &mut [Option<Changing>],
         at: impl Fn(BlockNumber) -> u64,
     ) -> io::Result<u64> {
@@ -399,19 +420,49 @@ impl Range<'_> {
         let (mut block, mut count) = (first, 0u64);
         for run in pages.chunk_by(|a, b| changed(a) == changed(b)) {
             for run in run.chunks(WRITE_PAGES) {
-                let neighbours: Vec<_> = run
-                    .iter()
-                    .flatten()
-                    .filter(|place| place.changed)
-                    .map(|place| IoSlice::new(place.page.bytes()))
-                    .collect();
-                write_all_at(file, &neighbours, at(block))?;
+                let changed = run.iter().flatten().filter(|place| place.changed).map(|place| &place.page);
+                let neighbours: Vec<_> = changed.collect();
+                to.write(&neighbours, at(block))?;
                 count = count.saturating_add(neighbours.len() as u64);
                 block = block.saturating_add(u32::try_from(run.len()).unwrap_or(u32::MAX));
             }
         }
         Ok(count)
     }
+}
+
+/// Where pages are written.
+struct To<'a> {
+    file: &'a File,
+    /// The same file, but what is written goes around the page cache.
+    around: Option<File>,
+    direct: &'a mut Vec<Aligned>,
+}
+
+impl To<'_> {
+    /// Writes pages that lie side by side.
+    fn write(&mut self, pages: &[&Page], at: u64) -> io::Result<()> {
+        if let Some(around) = self.around.as_ref().filter(|_| pages.len() >= DIRECT_PAGES) {
+            self.direct.resize(self.direct.len().max(pages.len()), Aligned([0; BLOCK_BYTES]));
+            for (place, page) in self.direct.iter_mut().zip(pages) {
+                place.0 = *page.bytes();
+            }
+            let slices: Vec<_> = self.direct.iter().take(pages.len()).map(|p| IoSlice::new(&p.0)).collect();
+            if rustix::io::pwritev(around, &slices, at) == Ok(pages.len().saturating_mul(BLOCK_BYTES)) {
+                return Ok(());
+            }
+            // Not every file system can, and not with every device.
+            self.around = None;
+        }
+        let slices: Vec<_> = pages.iter().map(|page| IoSlice::new(page.bytes())).collect();
+        write_all_at(self.file, &slices, at)
+    }
+}
+
+/// The file, for writing around the page cache, where its file system has that.
+fn open_direct(path: &Path) -> Option<File> {
+    let flags = rustix::fs::OFlags::DIRECT.bits();
+    File::options().write(true).custom_flags(flags.try_into().ok()?).open(path).ok()
 }
 
 /// Writes pages that lie side by side.
@@ -478,6 +529,51 @@ pub(super) fn copy_database(files: &Files, from: (u32, u32), to: (u32, u32)) -> 
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn page(number: usize) -> Page {
+        Page::from([(number % 251) as u8; BLOCK_BYTES])
+    }
+
+    /// Whether they go around the page cache, through it, or the one after the other fails.
+    #[test]
+    fn pages_are_written_whichever_way_the_file_system_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pages");
+        let all: Vec<Page> = (0..WRITE_PAGES).map(page).collect();
+        let pages: Vec<&Page> = all.iter().collect();
+        let read_only = || {
+            File::create(&path).unwrap();
+            File::open(&path).ok()
+        };
+        for open in [None, Some(true), Some(false)] {
+            let file = File::create(&path).unwrap();
+            let around = match open {
+                None => None,
+                Some(true) => open_direct(&path),
+                // What is not open for writing cannot be written.
+                Some(false) => read_only(),
+            };
+            let can = around.is_some();
+            let mut direct = Vec::new();
+            let mut to = To { file: &file, around, direct: &mut direct };
+            to.write(&pages, 3 * BLOCK_BYTES as u64).unwrap();
+            assert_eq!(to.around.is_some(), can && open == Some(true));
+            to.write(&pages[..DIRECT_PAGES - 1], 0).unwrap();
+            to.write(&pages[..DIRECT_PAGES], (200 * BLOCK_BYTES) as u64).unwrap();
+            let written = fs::read(&path).unwrap();
+            assert_eq!(written.len(), (200 + DIRECT_PAGES) * BLOCK_BYTES);
+            let expected = |block: usize| match block {
+                0..63 => Some(block),
+                63..131 => Some(block - 3),
+                200.. => Some(block - 200),
+                _ => None,
+            };
+            for (block, found) in written.as_chunks::<BLOCK_BYTES>().0.iter().enumerate() {
+                let expected = expected(block).map_or([0; BLOCK_BYTES], |number| *page(number).bytes());
+                assert!(*found == expected, "block {block}");
+            }
+        }
+    }
 
     #[test]
     fn only_what_would_be_waited_for_is_shared() {
