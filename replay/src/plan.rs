@@ -174,8 +174,12 @@ pub struct Plan {
     pub tablespaces: Vec<Tablespace>,
     /// The settings that name the target.
     pub settings: Vec<(String, String)>,
-    /// How long it will take.
+    /// How long it will take where PostgreSQL replays everything; see also
+    /// [`Replay::estimate`](crate::engines::postgres::Replay::estimate).
     pub estimate: Estimate,
+    /// What that was made of.
+    #[serde(skip)]
+    pub(crate) rates: Rates,
     /// What the operator should know.
     pub notes: Vec<String>,
 }
@@ -624,6 +628,7 @@ fn make(
         settings,
         records: work.records,
         estimate: rates.estimate(&work),
+        rates,
         notes,
         stop,
     }

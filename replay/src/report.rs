@@ -430,6 +430,7 @@ pub(crate) fn sample(number: u16, verdict: DrillVerdict) -> DrillRecord {
         rpo_seconds: Some(241.0),
         restored_bytes: 5 << 30,
         restored_files: 900,
+        native_bytes: 0,
         wal_bytes: 312 << 20,
         segments: 20,
         settings: vec![DrillSetting {

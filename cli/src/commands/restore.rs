@@ -262,7 +262,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.goal.goal(&archive, &layout, &catalog).await?;
     let backup = named_backup(&catalog, args.backup.as_deref())?;
-    let plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
+    let mut plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
     let made = made_tablespaces(&archive, &layout, &catalog, &plan).await;
     let made = made.map_err(|e| {
         let status = if e.is_damage() { 3 } else { 1 };
@@ -274,6 +274,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
     }
     let replay = choose(&archive, &layout, &catalog, &plan, mode, args.memory).await?;
+    plan.estimate = replay.estimate(&plan);
     let databases = match args.database.is_empty() {
         true => None,
         false => {

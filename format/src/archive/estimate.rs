@@ -23,10 +23,23 @@ pub struct RestoreWork {
     pub records: u64,
 }
 
+/// What of it native replay does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NativeWork {
+    /// Bytes of WAL.
+    pub wal_bytes: u64,
+    /// The segments they lie in.
+    pub segments: u64,
+    /// Records in those segments.
+    pub records: u64,
+    /// Bytes of full-page images in them.
+    pub image_bytes: u64,
+}
+
 /// How long a restore will take.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
-    /// Putting the files back.
+    /// Putting the files back, native replay included.
     pub restore_seconds: f64,
     /// PostgreSQL's recovery, from its start until it takes connections.
     pub recovery_seconds: f64,
@@ -41,6 +54,8 @@ pub struct Estimate {
 pub struct Rates {
     restore: Pace,
     recovery: Pace,
+    /// Native replay; its items are records.
+    native: Pace,
     /// Whether drills of this cluster were the measure.
     pub measured: bool,
 }
@@ -96,6 +111,7 @@ impl Default for Rates {
         Self {
             restore: pace(0.05, 1.0 / 250e6, 0.001),
             recovery: pace(0.6, 1.0 / 60e6, 0.03),
+            native: pace(0.05, 1.0 / 2.2e9, 0.17e-6),
             measured: false,
         }
     }
@@ -106,7 +122,8 @@ impl Rates {
     #[allow(clippy::cast_precision_loss)]
     pub fn from_drills(drills: &[DrillRecord]) -> Self {
         let phase = |name: &str, what: fn(&DrillRecord) -> (u64, u64)| -> Vec<Measured> {
-            let measured = drills.iter().filter_map(|d| {
+            // Where a part was replayed natively, neither phase is what it is without that.
+            let measured = drills.iter().filter(|d| d.native_bytes == 0).filter_map(|d| {
                 let seconds = d.phases.iter().find(|p| p.name == name)?.seconds;
                 let (bytes, items) = what(d);
                 (seconds > 0.0 && d.restored_bytes > 0).then_some(Measured {
@@ -128,7 +145,29 @@ impl Rates {
         Self {
             restore: default.restore.measured(&restore),
             recovery: default.recovery.measured(&recovery),
+            // No drill of its own tells: a machine that restores slowly is taken to replay slowly.
+            native: Pace { factor: default.restore.measured(&restore).factor, ..default.native },
             measured: !restore.is_empty() || !recovery.is_empty(),
+        }
+    }
+
+    /// How long this will take where a part of its WAL is replayed natively.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn estimate_native(&self, work: &RestoreWork, native: &NativeWork) -> Estimate {
+        // Of the base only that is restored which no image replaces: as much as if pages were imaged at random.
+        let base_bytes = work.base_bytes as f64;
+        let left = base_bytes * (-(native.image_bytes as f64) / base_bytes.max(1.0)).exp();
+        let restore_seconds = self.restore.seconds(left, work.files as f64)
+            + self.native.seconds(native.wal_bytes as f64, native.records as f64);
+        let recovery_seconds = self.recovery.seconds(
+            work.wal_bytes.saturating_sub(native.wal_bytes) as f64,
+            work.segments.saturating_sub(native.segments) as f64,
+        );
+        Estimate {
+            restore_seconds,
+            recovery_seconds,
+            total_seconds: restore_seconds + recovery_seconds,
+            measured: self.measured,
         }
     }
 
@@ -223,6 +262,22 @@ mod tests {
         let here = pace.measured(&[Measured { bytes: 64e6, items: 4.0, seconds: elsewhere * 3.0 }]);
         assert!(near(here.seconds(64e6, 4.0), elsewhere * 3.0, 1.001));
         assert!(near(here.seconds(640e6, 40.0), pace.seconds(640e6, 40.0) * 3.0, 1.001));
+    }
+
+    /// What `scripts/bench replay` took on the machine where the paces were measured: rich in page images over 12 checkpoints,
+    /// and poor in them over one, of two lengths.
+    #[test]
+    fn native_replay_is_estimated_within_a_factor_of_two() {
+        let took = [
+            (919 * MIB, 5023 * MIB, 314, 4_701_079, 4300 * MIB, 3.6),
+            (100 * MIB, 1647 * MIB, 103, 21_421_269, 45 * MIB, 4.4),
+        ];
+        for (base_bytes, wal_bytes, segments, records, image_bytes, seconds) in took {
+            let work = RestoreWork { base_bytes, files: 1000, wal_bytes, segments, records };
+            let native = NativeWork { wal_bytes, segments, records, image_bytes };
+            let estimate = Rates::default().estimate_native(&work, &native);
+            assert!(near(estimate.total_seconds, seconds, 2.0), "{estimate:?} for {seconds}");
+        }
     }
 
     #[test]

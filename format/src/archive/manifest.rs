@@ -370,6 +370,9 @@ pub struct DrillRecord {
     /// The segments they lay in; 0 where it was not noted.
     #[serde(default)]
     pub segments: u64,
+    /// Of `wal_bytes`, what was replayed natively: its time is part of the restore's.
+    #[serde(default)]
+    pub native_bytes: u64,
     /// Settings that the backup brought along and the scratch server did not get.
     #[serde(default)]
     pub settings: Vec<DrillSetting>,

@@ -32,7 +32,7 @@ pub use detail::{
     DETAIL_SECTIONS, ExclusiveLock, RelationWork, SegmentDetail, SubXact, TruncatedOid, Volume, XactWork,
 };
 pub use envelope::{Envelope, FOOTER_BYTES, Footer, HEADER_BYTES, Header, ObjectKind, WalFile};
-pub use estimate::{Estimate, Rates, RestoreWork};
+pub use estimate::{Estimate, NativeWork, Rates, RestoreWork};
 pub use extents::{Extent, ExtentMap, FRAME_BYTES_MAX, FrameCompressor, PackBuilder};
 pub use histories::{Pusher, TimelineHistory};
 pub use index::{

@@ -238,6 +238,7 @@ fn empty_record(started: TimestampTz, request: &DrillRequest) -> DrillRecord {
         rpo_seconds: None,
         restored_bytes: 0,
         restored_files: 0,
+        native_bytes: 0,
         wal_bytes: 0,
         segments: 0,
         settings: Vec::new(),
@@ -282,6 +283,7 @@ impl Drill<'_> {
         self.checks.hold("every checksum of the base backup", true, detail, DrillVerdict::ArchiveAtFault);
         if let Some(replayed) = replayed {
             let Replayed { redo, records, pages, .. } = replayed;
+            self.record.native_bytes = redo.bytes_since(plan.start_lsn);
             self.record.notes.push(format!("{records} records were replayed natively to {redo}, {pages} pages written; its time is part of restore's"));
         }
 

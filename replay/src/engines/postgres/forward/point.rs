@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 use waltide_format::archive::{
-    Catalog, CheckpointInfo, Layout, Lineage, MergedSection, Run, SegmentEntry, SegmentInfo, Step,
+    Catalog, CheckpointInfo, Estimate, Layout, Lineage, MergedSection, NativeWork, RestoreWork, Run,
+    SegmentEntry, SegmentInfo, Step,
 };
 use waltide_format::engines::postgres::wal::{Checkpoint, Record, XlogRecord};
 use waltide_format::{BLOCK_BYTES, Lsn, PgMajor, SegmentName, TimelineId, TimestampTz};
@@ -76,6 +77,28 @@ pub enum Replay {
     Server(Option<String>),
     /// Native replay comes first.
     Native(Box<Forward>),
+}
+
+impl Replay {
+    /// How long a plan takes this way.
+    pub fn estimate(&self, plan: &Plan) -> Estimate {
+        let Self::Native(forward) = self else { return plan.estimate };
+        let work = RestoreWork {
+            base_bytes: plan.base_bytes,
+            files: plan.base_files,
+            wal_bytes: plan.wal_bytes,
+            segments: plan.segments.len() as u64,
+            records: plan.records,
+        };
+        let mut native = NativeWork { wal_bytes: forward.wal_bytes(), ..NativeWork::default() };
+        for segment in forward.segments.iter().filter(|segment| segment.start < forward.point.redo) {
+            let SegmentInfo { records, image_bytes, .. } = segment.entry.info;
+            native.segments = native.segments.saturating_add(1);
+            native.records = native.records.saturating_add(records);
+            native.image_bytes = native.image_bytes.saturating_add(image_bytes);
+        }
+        plan.rates.estimate_native(&work, &native)
+    }
 }
 
 /// The way that was chosen, as a restore says it beforehand.
