@@ -623,6 +623,12 @@ fn where_the_log_cannot_be_set_aside_postgresql_does_it_all() {
     let planned = site.waltide.json(fixed.iter().chain(&["--dry-run"]));
     let because = planned["actions"]["replay"]["because"].as_str().unwrap_or_default();
     assert!(because.contains(" bytes of the log may have to be set aside"), "{planned}");
+    // What that takes is said as where PostgreSQL is asked for.
+    let asked = site.waltide.json(fixed.iter().chain(&["--dry-run", "--replay", "server"]));
+    let native = site.waltide.json(fixed.iter().chain(&["--dry-run", "--replay", "native"]));
+    assert_eq!(planned["plan"]["estimate"], asked["plan"]["estimate"]);
+    let recovery = |answer: &Value| answer["plan"]["estimate"]["recovery_seconds"].as_f64().unwrap();
+    assert!(recovery(&native) < recovery(&asked) / 2.0, "{native}");
     let text = site.waltide.ok(fixed.iter().chain(&["--dry-run"])).stdout;
     assert!(text.contains(&format!("replay    by PostgreSQL: {because}")), "{text}");
     assert!(std::fs::read_dir(&small.0).unwrap().next().is_none(), "nothing was written");

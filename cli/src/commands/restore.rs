@@ -274,7 +274,6 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
     }
     let replay = choose(&archive, &layout, &catalog, &plan, mode, args.memory).await?;
-    plan.estimate = replay.estimate(&plan);
     let databases = match args.database.is_empty() {
         true => None,
         false => {
@@ -305,6 +304,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         files_only: false,
     };
     let restore = Restore::prepare(&archive, &layout, &plan, options).await.map_err(failed)?;
+    plan.estimate = restore.way().estimate(&plan);
     let actions = restore.actions();
     let selection = databases.as_ref().and_then(ChosenDatabases::selection);
     let part = match databases {

@@ -270,6 +270,11 @@ impl Restore {
         })
     }
 
+    /// How it comes to its target.
+    pub const fn way(&self) -> &Replay {
+        &self.options.replay
+    }
+
     /// What it will delete and write.
     pub const fn actions(&self) -> &Actions {
         &self.actions
