@@ -25,6 +25,8 @@ use super::{ForwardError, Place};
 const WRITE_PAGES: usize = 128;
 /// So many that lie side by side go around the page cache, where they are synced anyway and none of them was read.
 const DIRECT_PAGES: usize = 64;
+/// The page cache may hold so many in one piece. What goes around it must not meet a piece that another thread writes to.
+const CACHED_PAGES: u32 = 256;
 /// A file to which so many went goes on to the disk while others are written.
 const SYNC_PAGES: u64 = 512;
 /// So many files wait for that. Any more are left for the end.
@@ -264,18 +266,25 @@ fn shares(amounts: &[u64], threads: usize) -> Vec<u32> {
 impl<'a> Part<'a> {
     /// Divides it among so many threads. `blocks` are how many the fork has.
     fn divide(self, blocks: BlockNumber, shares: u32, work: &mut Vec<Range<'a>>) {
-        let first = self.number.saturating_mul(PART_BLOCKS);
-        let count = blocks.saturating_sub(first).min(PART_BLOCKS);
-        let shares = shares.clamp(1, count.max(1));
-        let share = count.checked_div(shares).unwrap_or(count);
-        for number in 0..shares {
-            let start = first.saturating_add(share.saturating_mul(number));
-            let is_last = number.saturating_add(1) == shares;
-            let end = if is_last { first.saturating_add(PART_BLOCKS) } else { start.saturating_add(share) };
-            let bytes = self.chain.bytes().checked_div(shares.into()).unwrap_or(0);
-            work.push(Range { part: self, blocks: start..end, bytes });
-        }
+        let ranges = ranges(self.number, blocks, shares);
+        let bytes = self.chain.bytes().checked_div(ranges.len() as u64).unwrap_or(0);
+        work.extend(ranges.into_iter().map(|blocks| Range { part: self, blocks, bytes }));
     }
+}
+
+/// A part's blocks, in so many ranges as long as each other where the fork has `blocks`.
+fn ranges(part: u32, blocks: BlockNumber, shares: u32) -> Vec<std::ops::Range<BlockNumber>> {
+    let first = part.saturating_mul(PART_BLOCKS);
+    let count = blocks.saturating_sub(first).min(PART_BLOCKS);
+    let shares = shares.clamp(1, count.max(1));
+    let share = count.checked_div(shares).unwrap_or(count);
+    let share = share.saturating_sub(if share < CACHED_PAGES { 0 } else { share % CACHED_PAGES });
+    let range = |number: u32| {
+        let start = first.saturating_add(share.saturating_mul(number));
+        let is_last = number.saturating_add(1) == shares;
+        start..if is_last { first.saturating_add(PART_BLOCKS) } else { start.saturating_add(share) }
+    };
+    (0..shares).map(range).collect()
 }
 
 /// A range of blocks that is being written.
@@ -357,11 +366,16 @@ impl Range<'_> {
             self.change(&entry, &record, changing)
         })?;
         // What was read is in the page cache, and would go to the device twice.
-        let around =
-            if files.durable && read == 0 && pages.len() >= DIRECT_PAGES { open_direct(&path) } else { None };
+        let is_long = pages.len() >= DIRECT_PAGES && self.keeps_apart();
+        let around = if files.durable && read == 0 && is_long { open_direct(&path) } else { None };
         let to = To { file: &file, around, direct };
         let written = self.write(to, pages, at).map_err(ForwardError::io("write", &path))?;
         Ok((Written { pages: written, read }, file, path))
+    }
+
+    /// Whether no piece of the page cache holds pages of it and of its neighbours.
+    fn keeps_apart(&self) -> bool {
+        self.blocks.start.is_multiple_of(CACHED_PAGES) && self.blocks.end.is_multiple_of(CACHED_PAGES)
     }
 
     fn change(
@@ -586,6 +600,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn ranges_of_a_part_lie_side_by_side(part in 0u32..100, blocks in 0u32..101 * PART_BLOCKS, shares in 0u32..20) {
+            let ranges = ranges(part, blocks, shares);
+            prop_assert!(!ranges.is_empty() && ranges.len() <= shares.max(1) as usize);
+            prop_assert!(ranges.iter().all(|range| range.start < range.end));
+            prop_assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
+            prop_assert_eq!(ranges[0].start, part * PART_BLOCKS);
+            prop_assert_eq!(ranges[ranges.len() - 1].end, (part + 1) * PART_BLOCKS);
+            let apart = ranges.iter().filter(|range| range.start.is_multiple_of(CACHED_PAGES)).count();
+            let length = ranges[0].end - ranges[0].start;
+            prop_assert!(length < CACHED_PAGES || apart == ranges.len(), "{ranges:?}");
+        }
+
         #[test]
         fn no_thread_has_much_more_than_an_equal_share(
             mut amounts in proptest::collection::vec(0u64..1000, 0..40),
