@@ -12,6 +12,7 @@ use waltide_format::engines::postgres::wal::{
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer};
 
 use super::super::redo;
+use super::super::selection::Selection;
 use super::batch::{Batch, Entry, Idle, PART_BLOCKS, PIECE_BYTES, PartTag};
 use super::newer::{Blocks, Newer};
 use super::pool::{Pool, Pooled};
@@ -92,6 +93,8 @@ struct Open {
     newer: Option<Arc<Blocks>>,
     /// Nothing that was done to it matters.
     is_lost: bool,
+    /// Nothing of it is wanted but its length.
+    is_unwanted: bool,
 }
 
 /// Something that a record does to a page.
@@ -125,6 +128,7 @@ pub(super) struct Decoded {
     /// Batches for their next use.
     spare: Vec<Batch>,
     idle: Idle,
+    selection: Option<Arc<Selection>>,
     packed: Writer,
     /// Changes of settings.
     pub(super) settings: Vec<(Lsn, ParameterChange)>,
@@ -143,12 +147,13 @@ pub(super) struct Decoded {
 pub(super) struct Pools {
     decoded: Pool<Decoded>,
     idle: Idle,
+    selection: Option<Arc<Selection>>,
 }
 
 impl Pools {
-    /// One that takes pieces of memory from there.
-    pub(super) fn new(idle: Idle) -> Self {
-        Self { decoded: Pool::default(), idle }
+    /// One that takes pieces of memory from there, and of the pages that are not selected notes how many there are.
+    pub(super) fn new(idle: Idle, selection: Option<Arc<Selection>>) -> Self {
+        Self { decoded: Pool::default(), idle, selection }
     }
 }
 
@@ -207,7 +212,7 @@ pub(super) fn decode_segment(
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
     let mut decoded = pools.decoded.take();
-    decoded.idle = pools.idle.clone();
+    (decoded.idle, decoded.selection) = (pools.idle.clone(), pools.selection.clone());
     let (mut kept, mut known) = (source.kept, Some(newer));
     loop {
         decoded.clear();
@@ -407,6 +412,9 @@ impl Decoded {
         }
         let mut open = Open { batch: self.spare.pop().unwrap_or_default(), ..Open::default() };
         open.batch.begin(of);
+        if let (Some(part), Some(selection)) = (of, &self.selection) {
+            open.is_unwanted = !selection.wants(part.relation);
+        }
         if let (Some(part), Some(newer)) = (of, newer) {
             let newer = newer.read();
             open.newer = newer.made_anew().blocks(part).cloned();
@@ -459,6 +467,9 @@ impl Decoded {
         // Clearing the map of blocks that are cut makes nothing that was not there.
         if !matches!(how, How::CutVisibility(_)) {
             open.batch.reach = open.batch.reach.max(tag.block.saturating_add(1));
+        }
+        if open.is_unwanted {
+            return None;
         }
         let matters = !open.is_irrelevant(tag.block);
         self.passed_over |= !matters;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 
 use foldhash::HashMap;
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
@@ -10,7 +11,7 @@ use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
 
 use super::super::selection::Selection;
 use super::batch::{Batch, Idle, PIECE_BYTES, PartTag};
-use super::decode::{DatabaseCopy, Decoded, Deed, PageTag, Step};
+use super::decode::{DatabaseCopy, Decoded, Deed, PageTag, Pools, Step};
 use super::newer::{Blocks, MadeAnew, Newer};
 use super::spill::{Chain, Spill};
 
@@ -154,7 +155,7 @@ pub(super) struct Keeper {
     buffered: usize,
     memory: usize,
     /// Of other relations' pages nothing is kept, but how many there are.
-    selection: Option<Selection>,
+    selection: Option<Arc<Selection>>,
     /// Records seen.
     records: u64,
 }
@@ -173,7 +174,7 @@ pub(super) struct Log {
 
 impl Keeper {
     /// Keeps up to about `memory` bytes, and the rest in `spill`.
-    pub(super) fn new(spill: Spill, memory: usize, selection: Option<Selection>) -> Self {
+    pub(super) fn new(spill: Spill, memory: usize, selection: Option<Arc<Selection>>) -> Self {
         let (complete, kept, newer, settings) = (Vec::new(), Kept::default(), Newer::default(), Vec::new());
         let (idle, buffered, records) = (Idle::default(), 0, 0);
         Self { spill, complete, kept, newer, settings, idle, buffered, memory, selection, records }
@@ -189,9 +190,9 @@ impl Keeper {
         decoded.stretch == self.complete.len()
     }
 
-    /// Where pieces of memory wait for their next use.
-    pub(super) const fn idle(&self) -> &Idle {
-        &self.idle
+    /// What segments are taken apart with.
+    pub(super) fn pools(&self) -> Pools {
+        Pools::new(self.idle.clone(), self.selection.clone())
     }
 
     /// Adds what lies before all that was added, and takes it away from where it was.

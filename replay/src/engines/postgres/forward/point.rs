@@ -351,10 +351,11 @@ impl Forward {
         progress: &dyn Progress,
     ) -> Result<Result<Ready, Unknown>, ForwardError> {
         let started = Instant::now();
+        let selection = selection.cloned().map(Arc::new);
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
             let wanted = Wanted { from: self.from, until: self.point.redo };
-            let keeper = Keeper::new(Spill::new(scratch)?, self.budget(threads), selection.cloned());
+            let keeper = Keeper::new(Spill::new(scratch)?, self.budget(threads), selection.clone());
             let scanned = scan::scan(&self.indexes, &self.segments, wanted, keeper, threads, progress);
             match scanned.await {
                 Ok(log) => {

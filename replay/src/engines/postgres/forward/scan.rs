@@ -40,7 +40,7 @@ pub(super) async fn scan(
         .rev()
         .filter(|i| segments.get(*i).is_some_and(|s| s.start < wanted.until && s.usable_end > wanted.from))
         .collect();
-    let pools = (Pool::default(), Pool::default(), Pools::new(keeper.idle().clone()));
+    let pools = (Pool::default(), Pool::default(), keeper.pools());
     let read = |number: usize| async move {
         let Some(segment) = segments.get(number) else { return Ok((number, Bytes::new())) };
         Ok::<_, SearchError>((number, indexes.object(&segment.entry).await?))
