@@ -7,6 +7,7 @@ mod databases;
 mod drill;
 mod export;
 mod fetch;
+mod file_system;
 mod find_moment;
 mod forward;
 mod indexes;

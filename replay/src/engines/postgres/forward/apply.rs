@@ -13,6 +13,7 @@ use waltide_format::engines::postgres::wal::Record;
 use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
 use waltide_storage::Progress;
 
+use super::super::file_system::is_local;
 use super::super::redo::{self, Page};
 use super::batch::{Entry, PART_BLOCKS, PartTag};
 use super::decode::How;
@@ -476,7 +477,8 @@ impl To<'_> {
 /// The file, for writing around the page cache, where its file system has that.
 fn open_direct(path: &Path) -> Option<File> {
     let flags = rustix::fs::OFlags::DIRECT.bits();
-    File::options().write(true).custom_flags(flags.try_into().ok()?).open(path).ok()
+    let opened = File::options().write(true).custom_flags(flags.try_into().ok()?).open(path).ok();
+    opened.filter(is_local)
 }
 
 /// Writes pages that lie side by side.

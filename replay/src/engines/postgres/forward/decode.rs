@@ -332,8 +332,11 @@ impl Decoded {
         (self.unfinished, self.count, self.stretch, self.passed_over) = (None, 0, 0, false);
     }
 
-    /// Keeps a batch's memory for the next.
-    pub(super) fn take_back(&mut self, batch: Batch) {
+    /// Keeps a batch's memory for the next, a whole piece for any.
+    pub(super) fn take_back(&mut self, mut batch: Batch) {
+        if batch.bytes.capacity() >= PIECE_BYTES {
+            self.idle.give(std::mem::take(&mut batch.bytes));
+        }
         self.spare.push(batch);
     }
 

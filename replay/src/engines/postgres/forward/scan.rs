@@ -87,17 +87,21 @@ pub(super) async fn scan(
     }
 }
 
-/// Threads that take segments apart, until nobody has any for them. Each takes the next at once.
+/// Threads that take segments apart, until nobody has any for them. Each takes the next at once. They are none of the
+/// runtime's: of those it has a certain number, which it reads the archive with.
 fn crew(threads: usize, newer: &Newer) -> mpsc::Sender<(Wal, oneshot::Sender<Taken>)> {
     let (sender, segments) = mpsc::channel::<(Wal, oneshot::Sender<Taken>)>();
     let segments = Arc::new(Mutex::new(segments));
     for _ in 0..threads.max(1) {
         let (segments, newer) = (Arc::clone(&segments), newer.clone());
-        tokio::task::spawn_blocking(move || {
+        std::thread::spawn(move || {
             loop {
                 let next = segments.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 let Ok((wal, done)) = next else { return };
-                let _ = done.send(wal.take(&newer));
+                // Where reading the log has ended early nobody waits for it.
+                if !done.is_closed() {
+                    let _ = done.send(wal.take(&newer));
+                }
             }
         });
     }

@@ -15,6 +15,7 @@ use waltide_format::archive::Manifest;
 use waltide_format::{Corrupt, Oid};
 use waltide_storage::Progress;
 
+use super::super::file_system::is_local;
 use super::super::selection::Selection;
 use super::pieces::{Job, Piece, zeros};
 use super::place::{self, Owner, Placed};
@@ -27,10 +28,6 @@ const SYNC_THREADS: usize = 8;
 
 /// From this release of Linux on `syncfs` says what could not be written.
 const SYNCFS_TELLS: (u32, u32) = (5, 8);
-/// File systems of local disks, by linux/magic.h: ext2 to ext4, XFS, Btrfs. Of others `syncfs` may say nothing, or mean less:
-/// one in user space is not told to sync.
-const SYNCFS_SERVES: [u32; 3] = [0xEF53, 0x5846_5342, 0x9123_683E];
-
 /// Why a part could not be written.
 pub(super) enum WriteError {
     Io(RestoreError),
@@ -380,8 +377,7 @@ impl Place {
             }
         }
         let held = self.0.file_systems.lock().unwrap_or_else(PoisonError::into_inner);
-        let served =
-            held.values().all(|file| rustix::fs::fstatfs(file).is_ok_and(|about| syncfs_serves(&about)));
+        let served = held.values().all(is_local);
         Ok(served && held.values().all(|file| rustix::fs::syncfs(file).is_ok()))
     }
 
@@ -427,12 +423,6 @@ fn syncfs_tells(release: &[u8]) -> bool {
     next().zip(next()).is_some_and(|found| found >= SYNCFS_TELLS)
 }
 
-/// Whether `syncfs` means of such a file system what `fsync` means of each of its files.
-fn syncfs_serves(about: &rustix::fs::StatFs) -> bool {
-    // Its width differs between platforms, and a magic number has 32 bits.
-    SYNCFS_SERVES.iter().any(|magic| i128::from(about.f_type) & 0xFFFF_FFFF == i128::from(*magic))
-}
-
 /// Writes zeros where there is anything else.
 fn zero(file: &File, range: Range<u64>) -> io::Result<()> {
     let mut at = range.start;
@@ -475,7 +465,5 @@ mod tests {
         for release in ["5.7.19", "4.18.0-553.el8.x86_64", "5", "", "x.9.1", "-5.9"] {
             assert!(!syncfs_tells(release.as_bytes()), "{release}");
         }
-        // Neither a disk's nor one that fsync is passed on to.
-        assert!(!syncfs_serves(&rustix::fs::statfs("/proc").unwrap()));
     }
 }
