@@ -144,6 +144,8 @@ struct State {
     digest: Option<WalDigest>,
     idle: Vec<Vec<u8>>,
     is_over: bool,
+    /// A helper ended before its time: what it had in hand never comes.
+    is_broken: bool,
 }
 
 /// Something that whoever is free can do.
@@ -177,7 +179,8 @@ impl Belt {
         let chunks = Chunks { stored: before.to_vec(), each: Vec::new() };
         let out = Mutex::new(Out { chunks, early: BTreeMap::new() });
         let (plain, unsummed, idle) = (VecDeque::new(), VecDeque::new(), Vec::new());
-        let state = State { plain, unsummed, digest: Some(WalDigest::new()), idle, is_over: false };
+        let state =
+            State { plain, unsummed, digest: Some(WalDigest::new()), idle, is_over: false, is_broken: false };
         Self { state: Mutex::new(state), changed: Condvar::new(), out }
     }
 
@@ -185,7 +188,9 @@ impl Belt {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for something to change, where something still can.
     fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        assert!(!state.is_broken, "a thread that compresses ended early");
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -198,6 +203,7 @@ impl Belt {
 
     /// Does what comes until nothing more does.
     fn help(&self, press: &mut Press<'_>) {
+        let _alarm = Alarm(self);
         let mut state = self.state();
         loop {
             state = match state.next() {
@@ -269,6 +275,18 @@ impl Chunks {
     fn push(&mut self, stored: &[u8], crc: u32) {
         self.stored.extend_from_slice(stored);
         self.each.push((stored.len(), crc));
+    }
+}
+
+/// Tells the others that a helper is gone.
+struct Alarm<'b>(&'b Belt);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.state().is_broken = true;
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -362,6 +380,36 @@ mod tests {
     use crate::archive::{read_from, wal_digest};
 
     const BEFORE: &[u8] = b"before";
+
+    /// Whether it ends before it is waited for or meanwhile.
+    #[test]
+    fn nobody_waits_for_a_helper_that_is_gone() {
+        for before in [true, false] {
+            let belt = Belt::new(BEFORE);
+            // It has the sum in hand.
+            belt.state().digest = None;
+            let waited = std::thread::scope(|scope| {
+                let helper = scope.spawn(|| {
+                    let _alarm = Alarm(&belt);
+                    if !before {
+                        std::thread::sleep(std::time::Duration::from_millis(200));
+                    }
+                    panic!("on purpose");
+                });
+                if before {
+                    while !belt.state().is_broken {
+                        std::thread::yield_now();
+                    }
+                }
+                let finish = || belt.finish(&mut Press::new(1));
+                let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(finish));
+                assert!(helper.join().is_err());
+                waited
+            });
+            let why = *waited.unwrap_err().downcast::<&str>().unwrap();
+            assert_eq!(why, "a thread that compresses ended early");
+        }
+    }
 
     fn wal(bytes: usize, seed: u64) -> Vec<u8> {
         (0..bytes as u64).map(|i| (i.wrapping_mul(seed | 1) >> 58) as u8).collect()
