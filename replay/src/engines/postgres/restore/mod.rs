@@ -458,7 +458,7 @@ impl Restore {
         }
         let pieces = blocking(|| {
             place.clear(&self.actions)?;
-            place.make(&self.manifest, &self.actions.tablespaces)?;
+            place.make(&self.manifest, &self.actions.tablespaces, self.options.threads)?;
             self.without_what_is_there(place, pieces, progress.as_ref())
         })?;
         let total: u64 =

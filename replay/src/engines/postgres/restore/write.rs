@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use waltide_format::archive::Manifest;
+use waltide_format::archive::{Manifest, ManifestFile};
 use waltide_format::{Corrupt, Oid};
 use waltide_storage::Progress;
 
@@ -98,7 +98,12 @@ impl Place {
     }
 
     /// Makes directories, links and files at their lengths, and removes what lies in the way of them.
-    pub(super) fn make(&self, manifest: &Manifest, tablespaces: &[Placed]) -> Result<(), RestoreError> {
+    pub(super) fn make(
+        &self,
+        manifest: &Manifest,
+        tablespaces: &[Placed],
+        threads: usize,
+    ) -> Result<(), RestoreError> {
         let group = manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
         let root_mode = if group { 0o750 } else { 0o700 };
         self.make_dir(&self.0.data_dir, root_mode)?;
@@ -125,20 +130,31 @@ impl Place {
         for directory in ["global", "pg_wal", "pg_wal/archive_status"] {
             self.make_dir(&self.path(directory), root_mode)?;
         }
-        for file in manifest.files.iter().filter(|f| f.path != CONTROL_FILE) {
-            let path = self.path(&file.path);
-            if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_file()) {
-                remove_all(&path).map_err(io_error("delete", &path))?;
-            }
-            let mut options = fs::OpenOptions::new();
-            let made = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-            let made = made.map_err(io_error("make", &path))?;
-            made.set_len(file.bytes).map_err(io_error("make", &path))?;
-            let mode = fs::Permissions::from_mode(file.mode & 0o777);
-            made.set_permissions(mode).map_err(io_error("make", &path))?;
-            self.own(&path)?;
+        // A directory makes one file after the other, and those of one lie together here.
+        let share = manifest.files.len().div_ceil(threads.max(1)).max(1);
+        std::thread::scope(|scope| {
+            let make = |files: &[ManifestFile]| files.iter().try_for_each(|file| self.make_file(file));
+            let handles: Vec<_> =
+                manifest.files.chunks(share).map(|files| scope.spawn(move || make(files))).collect();
+            handles.into_iter().try_for_each(|h| h.join().expect("making files does not panic"))
+        })
+    }
+
+    fn make_file(&self, file: &ManifestFile) -> Result<(), RestoreError> {
+        if file.path == CONTROL_FILE {
+            return Ok(());
         }
-        Ok(())
+        let path = self.path(&file.path);
+        if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_file()) {
+            remove_all(&path).map_err(io_error("delete", &path))?;
+        }
+        let mut options = fs::OpenOptions::new();
+        let made = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let made = made.map_err(io_error("make", &path))?;
+        made.set_len(file.bytes).map_err(io_error("make", &path))?;
+        let mode = fs::Permissions::from_mode(file.mode & 0o777);
+        made.set_permissions(mode).map_err(io_error("make", &path))?;
+        self.own(&path)
     }
 
     fn make_dir(&self, path: &Path, mode: u32) -> Result<(), RestoreError> {
