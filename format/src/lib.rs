@@ -16,6 +16,7 @@ mod ids;
 mod reader;
 mod segment;
 mod time;
+mod zeros;
 
 pub use error::{Corrupt, Problem};
 pub use ids::{

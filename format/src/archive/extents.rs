@@ -8,6 +8,7 @@ use super::{Envelope, FOOTER_BYTES};
 use crate::error::{Corrupt, Problem};
 use crate::ids::BLOCK_BYTES;
 use crate::reader::{Reader, Writer};
+use crate::zeros::is_zero;
 
 /// No frame holds more than this.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -76,7 +77,7 @@ impl FrameCompressor {
 
     /// Compresses a run into a frame, unless that makes it longer. Zeros give an empty frame.
     pub fn frame(&mut self, raw: &[u8]) -> Vec<u8> {
-        if raw.iter().all(|b| *b == 0) {
+        if is_zero(raw) {
             return Vec::new();
         }
         match self.0.as_mut().map(|zstd| zstd.compress(raw)) {

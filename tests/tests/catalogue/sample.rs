@@ -67,6 +67,13 @@ fn record_of(rmid: u8, info: u8, xid: u32, prev: u64, blocks: Vec<u8>, main: &[u
     bytes
 }
 
+/// A segment of what it begins with.
+fn whole(begin: Writer) -> Vec<u8> {
+    let mut wal = vec![0; SIZE as usize];
+    wal[..begin.len()].copy_from_slice(begin.as_bytes());
+    wal
+}
+
 /// The header that a segment begins with.
 fn first_page(timeline: u32, number: u64) -> Writer {
     let mut w = Writer::new();
@@ -83,9 +90,7 @@ fn segment(first_page_timeline: u32, number: u64, prev: u64, xid: u32) -> (Vec<u
     w.bytes(&record(1, 0, xid, prev, &hour(number).postgres_micros().to_le_bytes()));
     let switch = start + w.len() as u64;
     w.bytes(&record(0, 0x40, 0, start + 40, &[]));
-    let mut wal = w.into_bytes();
-    wal.resize(SIZE as usize, 0);
-    (wal, switch)
+    (whole(w), switch)
 }
 
 /// The same with a row of pg_class deleted before the switch, by a transaction that does not end here.
@@ -102,9 +107,7 @@ fn changing_segment(number: u64, prev: u64, xid: u32, deletes: u32) -> (Vec<u8>,
     w.bytes(&record_of(10, 0x10, deletes, start + 40, block.into_bytes(), delete.as_bytes()));
     let switch = start + w.len() as u64;
     w.bytes(&record(0, 0x40, 0, second, &[]));
-    let mut wal = w.into_bytes();
-    wal.resize(SIZE as usize, 0);
-    (wal, switch)
+    (whole(w), switch)
 }
 
 /// Where the second record of a segment begins.
@@ -159,8 +162,7 @@ impl Sample {
             w.bytes(&record(1, 0, 900 + n as u32, prev, &hour(number).postgres_micros().to_le_bytes()));
             prev = start;
         }
-        let mut wal = w.into_bytes();
-        wal.resize(SIZE as usize, 0);
+        let mut wal = whole(w);
         let context = ScanContext { mode: ScanMode::Partial, ..ScanContext::new(name, size()) };
         let index = scan_segment(&wal, &context).unwrap().index;
         let valid_end = index.info.valid_end;

@@ -13,6 +13,7 @@ use crate::engines::postgres::wal::{
 };
 use crate::ids::{Lsn, PgMajor, SystemId};
 use crate::segment::{SegmentName, SegmentSize};
+use crate::zeros::is_zero;
 use index_builder::IndexBuilder;
 
 /// How strict a scan is.
@@ -289,7 +290,7 @@ fn is_blank<B: WalBytes>(bytes: &mut B, from: usize) -> bool {
         let page_at = at & !(PAGE_BYTES.wrapping_sub(1));
         let page_end = page_at.saturating_add(PAGE_BYTES).min(length);
         let from = if at == page_at { at.saturating_add(SHORT_HEADER_BYTES).min(page_end) } else { at };
-        if !bytes.part(from..page_end).unwrap_or_default().iter().all(|b| *b == 0) {
+        if !is_zero(bytes.part(from..page_end).unwrap_or_default()) {
             return false;
         }
         at = page_end;

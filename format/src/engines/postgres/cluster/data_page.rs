@@ -4,6 +4,7 @@
 //! folded with the block's number into 16 bits that are never zero.
 
 use crate::ids::{BLOCK_BYTES, BlockNumber, Lsn};
+use crate::zeros::is_zero;
 
 /// `SizeOfPageHeaderData`.
 pub const HEADER_BYTES: usize = 24;
@@ -81,8 +82,7 @@ pub enum PageState {
 /// Judges the page of block `block`, its number in the fork. `checksums` says whether the cluster has them.
 pub fn verify_page(page: &Page, block: BlockNumber, checksums: bool) -> PageState {
     if is_new(page) {
-        let zeros = page.iter().all(|b| *b == 0);
-        return if zeros { PageState::New } else { PageState::BadHeader };
+        return if is_zero(page) { PageState::New } else { PageState::BadHeader };
     }
     if checksums {
         let (found, expected) = (stored_checksum(page), checksum(page, block));
