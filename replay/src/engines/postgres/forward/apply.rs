@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
 
 use waltide_format::engines::postgres::cluster::{ControlFile, relation_path, version_directory};
@@ -92,6 +92,16 @@ pub(super) struct Written {
     pub(super) pages: u64,
     /// Pages whose content the base backup gave.
     pub(super) read: u64,
+    /// Changes to them.
+    pub(super) changes: u64,
+}
+
+impl Written {
+    pub(super) const fn add(&mut self, more: &Self) {
+        self.pages = self.pages.saturating_add(more.pages);
+        self.read = self.read.saturating_add(more.read);
+        self.changes = self.changes.saturating_add(more.changes);
+    }
 }
 
 /// Removes and cuts files as the log did.
@@ -142,7 +152,7 @@ pub(super) fn pages(
     }
     let work = divided(parts, threads);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let (pages, read) = (AtomicU64::new(0), AtomicU64::new(0));
+    let all = Mutex::new(Written::default());
     let first_error = Mutex::new(None);
     let fail = |e| {
         failed.store(true, Ordering::Relaxed);
@@ -150,7 +160,7 @@ pub(super) fn pages(
     };
     std::thread::scope(|scope| {
         let (syncing, to_sync) = mpsc::sync_channel::<(File, PathBuf)>(SYNCING);
-        let (work, fail, next, failed, pages, read) = (&work, &fail, &next, &failed, &pages, &read);
+        let (work, fail, next, failed, all) = (&work, &fail, &next, &failed, &all);
         scope.spawn(move || {
             for (file, path) in to_sync {
                 file.sync_data().unwrap_or_else(|e| fail(ForwardError::io("sync", &path)(e)));
@@ -165,8 +175,7 @@ pub(super) fn pages(
                     let Some(range) = work.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
                     match range.apply(&mut memory) {
                         Ok((written, file, path)) => {
-                            pages.fetch_add(written.pages, Ordering::Relaxed);
-                            read.fetch_add(written.read, Ordering::Relaxed);
+                            all.lock().unwrap_or_else(|e| e.into_inner()).add(&written);
                             progress.advance(range.bytes);
                             if files.durable && written.pages >= SYNC_PAGES {
                                 let _ = syncing.try_send((file, path));
@@ -186,7 +195,7 @@ pub(super) fn pages(
             lengthen(files, *relation, fork, state)?;
         }
     }
-    Ok(Written { pages: pages.into_inner(), read: read.into_inner() })
+    Ok(all.into_inner().unwrap_or_else(|e| e.into_inner()))
 }
 
 /// Makes a fork as long as the log made it: blocks that nothing wrote are zeros.
@@ -334,7 +343,7 @@ impl Range<'_> {
         };
         pages.clear();
         let mut blocks = Vec::new();
-        let mut read = 0u64;
+        let (mut read, mut changes) = (0u64, 0u64);
         let wanted = first.saturating_sub(part)..self.blocks.end.saturating_sub(part);
         chain.oldest_first(&log.spill, &wanted, |entry| -> Result<(), ForwardError> {
             if !self.blocks.contains(&entry.block) {
@@ -364,6 +373,7 @@ impl Range<'_> {
             let (of, major) = (entry.of(relation), files.control.major);
             let record = Record::unpack(entry.packed, of, major, &mut blocks);
             let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
+            changes = changes.saturating_add(1);
             self.change(&entry, &record, changing)
         })?;
         // What was read is in the page cache, and would go to the device twice.
@@ -371,7 +381,7 @@ impl Range<'_> {
         let around = if files.durable && read == 0 && is_long { open_direct(&path) } else { None };
         let to = To { file: &file, around, direct };
         let written = self.write(to, pages, at).map_err(ForwardError::io("write", &path))?;
-        Ok((Written { pages: written, read }, file, path))
+        Ok((Written { pages: written, read, changes }, file, path))
     }
 
     /// Whether no piece of the page cache holds pages of it and of its neighbours.

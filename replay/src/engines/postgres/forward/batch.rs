@@ -24,8 +24,8 @@ const ANEW: u8 = 0x40;
 const DIFFERS: u8 = 0x80;
 const ID_MASK: u8 = 0x3F;
 /// So many bytes of what is packed are told so at the most, in words.
-const BASE_BYTES: usize = 64;
-const WORD_BYTES: usize = 8;
+pub(super) const BASE_BYTES: usize = 64;
+pub(super) const WORD_BYTES: usize = 8;
 
 /// A part of a fork.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

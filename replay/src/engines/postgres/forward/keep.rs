@@ -76,8 +76,6 @@ pub(super) struct Kept {
     pub(super) state: Chain,
     /// The stretch begins with this copy.
     pub(super) begins_with: Option<DatabaseCopy>,
-    /// Changes to pages that are kept.
-    pub(super) changes: u64,
 }
 
 impl Kept {
@@ -257,7 +255,6 @@ impl Keeper {
                         blocks.insert(block);
                     }
                 }
-                kept.changes = kept.changes.saturating_add(batch.count.into());
                 fork.parts.entry(part.part).or_default()
             }
         };

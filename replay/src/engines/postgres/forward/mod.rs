@@ -214,7 +214,7 @@ impl Ready {
         let control = ControlFile::decode(place.control)?;
         let files = apply::Files::new(place, control);
         let mut state = State::open(place.data_dir, place.tablespaces, &control)?;
-        let (mut changes, mut written) = (0u64, apply::Written::default());
+        let mut written = apply::Written::default();
         for kept in &self.log.stretches {
             if let Some(copy) = kept.begins_with {
                 apply::copy_database(&files, copy.from, copy.to)?;
@@ -236,10 +236,7 @@ impl Ready {
                 },
             )?;
             apply::shape(&files, kept)?;
-            let done = apply::pages(&files, &self.log, kept, place.threads, progress)?;
-            changes = changes.saturating_add(kept.changes);
-            written.pages = written.pages.saturating_add(done.pages);
-            written.read = written.read.saturating_add(done.read);
+            written.add(&apply::pages(&files, &self.log, kept, place.threads, progress)?);
         }
         state.finish(self.point.redo)?;
         let over = HandOver {
@@ -255,7 +252,7 @@ impl Ready {
             timeline: self.point.timeline,
             time: self.point.time,
             records: self.log.records,
-            changes,
+            changes: written.changes,
             pages: written.pages,
             pages_read: written.read,
             spilled_bytes: self.log.spill.bytes(),

@@ -277,8 +277,9 @@ impl Forward {
     /// So many bytes may have to be set aside in a file, where the files have `file_bytes`: what is kept of the log, but for
     /// what is kept in memory. Of a page's images that is the newest, beside those in segments that are taken apart at the
     /// same time: no more than there are pages. Of all else it is less where records are made irrelevant by later ones,
-    /// which is not known before they are read. What is packed of a record is shorter than the record; only one that
-    /// changes several pages can come out longer.
+    /// which is not known before they are read. Where databases were copied file by file, each stretch between two copies
+    /// keeps a newest image of its own, which is not reckoned with. What is packed of a record is shorter than the record;
+    /// only one that changes several pages can come out longer.
     pub fn set_aside_max(&self, threads: usize, file_bytes: u64) -> u64 {
         let (wal, size) = (self.wal_bytes(), self.segment_bytes());
         // Of a segment that is not read whole nobody knows how much of it is images.

@@ -20,7 +20,7 @@ use super::newer::Newer;
 use super::point::LogSegment;
 use super::pool::{Pool, Pooled};
 
-/// So many segments more than there are threads are being taken apart, or wait for that.
+/// So many segments more than there are threads are being taken apart, or wait to be added.
 pub(super) const UNDER_WAY: usize = 2;
 /// So much of the segment that follows is read for the end of a record. Of a longer one it is read again.
 const END_BYTES: usize = 64 << 10;
