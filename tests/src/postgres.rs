@@ -181,6 +181,9 @@ pub struct Cluster {
     socket_dir: PathBuf,
     port: u16,
     server: Option<Child>,
+    /// The System V shared memory that a killed postmaster left: the kernel has few, and only a start in the same
+    /// directory would clean it up.
+    left_memory: Option<String>,
     _socket_place: Scratch,
 }
 
@@ -212,6 +215,7 @@ impl Cluster {
             socket_dir,
             port: PORT,
             server: None,
+            left_memory: None,
             _socket_place: socket_place,
         }
     }
@@ -405,6 +409,7 @@ impl Cluster {
     /// the machine does.
     pub fn kill9(&mut self) {
         if let Some(id) = self.postmaster_pid() {
+            self.left_memory = self.shared_memory();
             // Stopped first, so that it does not begin a restart or a new backend while it is being killed.
             let _ = kill_process(pid(id), Signal::STOP);
         }
@@ -418,6 +423,12 @@ impl Cluster {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// What postmaster.pid says of it: a key and a number.
+    fn shared_memory(&self) -> Option<String> {
+        let text = fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?;
+        Some(text.lines().nth(6)?.split_whitespace().nth(1)?.to_owned())
     }
 
     /// Stops fast and starts again.
@@ -649,5 +660,10 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.kill9();
+        if let Some(id) = &self.left_memory {
+            // A later start of the same directory may have removed it.
+            let mut remove = Runner::as_postgres("ipcrm").args(["-m", id]).into_command();
+            let _ = remove.stderr(Stdio::null()).status();
+        }
     }
 }
