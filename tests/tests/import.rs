@@ -156,6 +156,41 @@ fn a_backup_brings_its_own_wal_along() {
 }
 
 #[test]
+fn a_database_that_is_moved_under_pg_basebackup_makes_its_backup_none() {
+    let site = Site::new("import-moved");
+    let cluster = site.start_db(|b| b);
+    for space in ["one", "two"] {
+        cluster.create_tablespace(space);
+    }
+    cluster.query("create database moving");
+    // Tablespaces are sent before everything else, and this one for so long that the database is gone by then.
+    cluster.query("create table large tablespace two as select n, repeat(md5(n::text), 4) from generate_series(1, 80000) n");
+    assert!(cluster.query("select pg_relation_size('large')").parse::<u64>().unwrap() > 12 << 20);
+    let taken = std::thread::scope(|scope| {
+        let backup = scope.spawn(|| cluster.base_backup("taken", &["-X", "none", "--max-rate", "4M"]));
+        cluster
+            .wait_until("select count(*) = 1 from pg_stat_progress_basebackup where phase like 'streaming%'");
+        cluster.query("alter database moving set tablespace one");
+        backup.join().unwrap()
+    });
+    cluster.archive_all();
+    let refused = site.refused(&taken, &[]);
+    assert!(refused.stderr.contains("take another backup, while no database is moved"), "{refused:?}");
+    assert_eq!(site.waltide.json(["list"]).as_array().unwrap().len(), 0);
+
+    // What it would have come to: PostgreSQL recovers it without a complaint.
+    fs::write(taken.join("recovery.signal"), "").unwrap();
+    let mut recovered = Cluster::with_data_dir("recovered", &site.scratch, &taken);
+    recovered.set("restore_command", &site.waltide.restore_command());
+    recovered.set("archive_mode", "off");
+    recovered.start();
+    recovered.wait_promoted();
+    assert_eq!(recovered.query("select count(*) from pg_database where datname = 'moving'"), "1");
+    let gone = recovered.sql("moving", "select 1").unwrap_err();
+    assert!(gone.to_string().contains("is not a valid data directory"), "{gone}");
+}
+
+#[test]
 fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
     let site = Site::new("import-refused");
     let cluster = site.start_db(|b| b);

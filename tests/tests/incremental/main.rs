@@ -1,6 +1,7 @@
 //! Incremental and differential backups of real clusters: what they read, what they refer to, what they come back as.
 
 mod chain;
+mod copied;
 mod map;
 mod reasons;
 mod site;

@@ -13,6 +13,7 @@ use waltide_format::{
 };
 use waltide_storage::{Archive, Bytes, Progress, Put, StorageError};
 
+use super::backup::{ChangesError, LostCopy};
 use super::copy::{BadPage, Copied};
 use super::files::Scan;
 use crate::catalog::{MANIFEST_BYTES_MAX, read_segment};
@@ -88,6 +89,12 @@ pub enum PublishError {
         /// What is wrong with it.
         why: String,
     },
+    /// What the backup's WAL does to databases cannot be read.
+    #[error(transparent)]
+    Changes(#[from] ChangesError),
+    /// Recovery could not make a database of what the backup has.
+    #[error(transparent)]
+    LostCopy(#[from] LostCopy),
     /// The archive failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -96,7 +103,10 @@ pub enum PublishError {
 impl PublishError {
     /// Whether the archive is at fault.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged { .. } | Self::WalUnusable { .. })
+        matches!(
+            self,
+            Self::Damaged { .. } | Self::WalUnusable { .. } | Self::Changes(ChangesError::Unknown(_))
+        )
     }
 }
 
@@ -242,7 +252,8 @@ impl Destination {
         Ok(())
     }
 
-    /// Waits until the archive holds all WAL from `start` to `stop`, on the first of `timelines` or another of them.
+    /// Waits until the archive holds all WAL from `start` to `stop`, on the first of `timelines` or another of them: in
+    /// the segments that are returned.
     /// `patience` is how long nothing may come; `source` may know of what comes before the first of these segments.
     pub(super) async fn await_wal(
         &self,
@@ -251,15 +262,19 @@ impl Destination {
         patience: Duration,
         progress: &dyn Progress,
         source: &impl WalSource,
-    ) -> Result<(), PublishError> {
+    ) -> Result<Vec<SegmentEntry>, PublishError> {
         let timeline = timelines.first().copied().unwrap_or(TimelineId::FIRST);
         let segments = segments(timeline, start, stop, self.segment_size);
+        let mut found = Vec::with_capacity(segments.len());
         progress.phase("wal", Some((segments.len() as u64).saturating_mul(self.segment_size.bytes())));
         let mut moved = Instant::now();
         let mut archived = None;
         for segment in segments {
             let mut pause = POLL_MIN;
-            while !self.has_segment(timelines, segment, stop).await? {
+            let entry = loop {
+                if let Some(entry) = self.find_segment(timelines, segment, stop).await? {
+                    break entry;
+                }
                 let now = source.archived().await;
                 if now != archived {
                     (archived, moved) = (now, Instant::now());
@@ -270,21 +285,22 @@ impl Destination {
                 }
                 tokio::time::sleep(pause).await;
                 pause = pause.saturating_mul(2).min(POLL_MAX);
-            }
+            };
+            found.push(entry);
             progress.advance(self.segment_size.bytes());
             moved = Instant::now();
         }
-        Ok(())
+        Ok(found)
     }
 
-    /// Whether a copy of the segment, up to `stop` where it lies inside, is in the archive and can be used. A copy that
-    /// ends too early may have a longer one to come; one that is damaged, or was admitted with a fault, is the end.
-    pub(super) async fn has_segment(
+    /// A copy of the segment in the archive that can be used, up to `stop` where it lies inside. A copy that ends too
+    /// early may have a longer one to come; one that is damaged, or was admitted with a fault, is the end.
+    pub(super) async fn find_segment(
         &self,
         timelines: &[TimelineId],
         segment: SegmentName,
         stop: Lsn,
-    ) -> Result<bool, PublishError> {
+    ) -> Result<Option<SegmentEntry>, PublishError> {
         let mut unusable = None;
         for timeline in timelines {
             let name = segment.on(*timeline);
@@ -298,7 +314,7 @@ impl Destination {
                     Some(Err(why)) => unusable = Some((object.path, format!("which is damaged: {why}"))),
                     Some(Ok(entry)) => match self.fault(&entry, name) {
                         Some(why) => unusable = Some((object.path, why)),
-                        None if self.reaches(&entry, name, stop) => return Ok(true),
+                        None if self.reaches(&entry, name, stop) => return Ok(Some(entry)),
                         None => {}
                     },
                 }
@@ -311,7 +327,7 @@ impl Destination {
                 }
             }
         }
-        unusable.map_or(Ok(false), |(path, why)| Err(PublishError::WalUnusable { path, why }))
+        unusable.map_or(Ok(None), |(path, why)| Err(PublishError::WalUnusable { path, why }))
     }
 
     /// Why a stored segment cannot serve at all.

@@ -165,7 +165,7 @@ impl Search<'_> {
                 Err(PublishError::WalUnusable { path, why }) => {
                     return Ok(Err(format!("the WAL since then is not whole: {path}, {why}")));
                 }
-                awaited => awaited?,
+                awaited => drop(awaited?),
             }
         }
     }

@@ -68,34 +68,51 @@ pub async fn changed_blocks(
     }
     let mut changed = ChangedBlocks::default();
     let mut restarts: Vec<Lsn> = Vec::new();
-    let parts = find(archive, names, &entries).await?;
-    let reads: Vec<_> = parts.into_iter().map(|part| read(archive, part)).collect();
-    let mut reads = stream::iter(reads).buffered(threads.clamp(1, 16));
-    while let Some(part) = reads.next().await {
-        for (entry, index) in part? {
-            let added = match &index {
-                Index::Segment(index) => changed.add(index),
-                Index::Merged(index) => changed.add_merged(index),
-            };
-            added.map_err(|doubt| ChangesError::in_segment(entry, doubt))?;
-            let all = match &index {
-                Index::Segment(index) => index,
-                Index::Merged(index) => &index.all,
-            };
-            let shutdowns = all.checkpoints.iter().filter(|c| c.kind == CheckpointKind::Shutdown);
-            restarts.extend(shutdowns.map(|c| c.start).chain(all.timeline_ends.iter().map(|e| e.start)));
-        }
-    }
-    for open in unjoined(&entries, from) {
-        let index = join(archive, entries.get(open).unwrap_or_default()).await?;
-        let last = index.info.name;
-        let doubt = |doubt| ChangesError::Unknown(format!("{last} does not tell all that changed: {doubt}"));
-        changed.add(&index).map_err(doubt)?;
-    }
+    each_index(archive, names, &entries, from, threads, |entry, index| {
+        let added = match index {
+            Index::Segment(index) => changed.add(index),
+            Index::Merged(index) => changed.add_merged(index),
+        };
+        added.map_err(|doubt| ChangesError::in_segment(entry, doubt))?;
+        let all = index.all();
+        let shutdowns = all.checkpoints.iter().filter(|c| c.kind == CheckpointKind::Shutdown);
+        restarts.extend(shutdowns.map(|c| c.start).chain(all.timeline_ends.iter().map(|e| e.start)));
+        Ok(())
+    })
+    .await?;
     for entry in restarted(&entries, &restarts, from) {
         check_wal_level(archive, entry, from).await?;
     }
     Ok(changed)
+}
+
+/// Gives `take` all that indexes say of `entries`, which join without a hole, each with the first segment that it is of:
+/// those of many segments where `names` has them, and in the end once more those of segments to which a record had to be
+/// joined that began at `from` or later.
+pub(super) async fn each_index(
+    archive: &Archive,
+    names: &SystemLayout,
+    entries: &[&SegmentEntry],
+    from: Lsn,
+    threads: usize,
+    mut take: impl FnMut(&SegmentEntry, &Index) -> Result<(), ChangesError>,
+) -> Result<(), ChangesError> {
+    let parts = find(archive, names, entries).await?;
+    let reads: Vec<_> = parts.into_iter().map(|part| read(archive, part)).collect();
+    let mut reads = stream::iter(reads).buffered(threads.clamp(1, 16));
+    while let Some(part) = reads.next().await {
+        for (entry, index) in part? {
+            take(entry, &index)?;
+        }
+    }
+    for open in unjoined(entries, from) {
+        let run = entries.get(open).unwrap_or_default();
+        let index = join(archive, run).await?;
+        if let Some(last) = run.last() {
+            take(last, &Index::Segment(Box::new(index)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Segments that are read together.
@@ -105,9 +122,19 @@ enum Part<'a> {
 }
 
 /// What is said of them.
-enum Index {
+pub(super) enum Index {
     Segment(Box<SegmentIndex>),
     Merged(Box<MergedIndex>),
+}
+
+impl Index {
+    /// What is said of all in the same words.
+    pub(super) fn all(&self) -> &SegmentIndex {
+        match self {
+            Self::Segment(index) => index,
+            Self::Merged(index) => &index.all,
+        }
+    }
 }
 
 /// The fewest objects that tell of all segments.

@@ -4,6 +4,7 @@ mod advance;
 mod base;
 mod changes;
 mod config;
+mod copied;
 mod layers;
 mod parent;
 mod server;
@@ -25,6 +26,8 @@ pub use self::advance::{Advance, AdvanceRequest, AdvancedFiles};
 use self::base::{Base, Search};
 pub use self::changes::{ChangesError, changed_blocks};
 use self::config::config_files;
+pub(super) use self::copied::DatabaseCopies;
+pub use self::copied::LostCopy;
 use self::layers::{Layered, lay};
 use self::parent::NO_BACKUP;
 use self::server::Server;
@@ -292,7 +295,10 @@ pub async fn backup(request: &BackupRequest, progress: Arc<dyn Progress>) -> Res
         timelines.extend(control.min_recovery_timeline.filter(|t| *t != label.timeline));
     }
     let range = (label.start_lsn, stopped.lsn);
-    to.await_wal(&timelines, range, request.archive_timeout, &*progress, &server).await?;
+    let wal = to.await_wal(&timelines, range, request.archive_timeout, &*progress, &server).await?;
+    let mut copies = DatabaseCopies::default();
+    copies.read(&to, &wal, range, request.threads).await?;
+    warnings.extend(copies.judge().map_err(PublishError::from)?);
     if base.is_some() {
         if (label.timeline, label.start_lsn) != (control.checkpoint_copy.timeline, start_lsn) {
             return Err(BackupError::TimelineChanged);

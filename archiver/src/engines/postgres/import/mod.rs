@@ -24,7 +24,7 @@ use waltide_storage::{Archive, NoProgress, Progress, StorageError};
 use self::manifest::{BackupManifest, WalRange};
 use self::source::{Source, WalFiles};
 use self::tar::TarStream;
-use super::backup::Backup;
+use super::backup::{Backup, DatabaseCopies};
 use super::checksum::Checksum;
 use super::control::ControlFileError;
 use super::copy::{Copied, CopyError, CopyJob, FileStream, copy};
@@ -238,12 +238,15 @@ pub async fn import(request: &ImportRequest, progress: Arc<dyn Progress>) -> Res
 
     ship_wal(request, &to, &id, &source.wal, &ranges).await?;
     let timelines: Vec<_> = ranges.iter().map(|r| r.timeline).collect();
+    let mut copies = DatabaseCopies::default();
     for range in &ranges {
         let mut either = vec![range.timeline];
         either.extend(timelines.iter().copied().filter(|t| *t != range.timeline));
-        to.await_wal(&either, (range.start, range.end), request.archive_timeout, &*progress, &NoSource)
-            .await?;
+        let span = (range.start, range.end);
+        let wal = to.await_wal(&either, span, request.archive_timeout, &*progress, &NoSource).await?;
+        copies.read(&to, &wal, span, request.threads).await?;
     }
+    warnings.extend(copies.judge().map_err(PublishError::from)?);
 
     let control = &source.control;
     let stopped = source.scan.files.iter().find(|f| f.path == CONTROL_FILE).map_or(0, |f| f.modified);
@@ -416,7 +419,7 @@ async fn ship_wal(
     let mut wanted: Vec<WalFileName> = ranges.iter().map(|r| WalFileName::History(r.timeline)).collect();
     for range in ranges {
         for segment in segments(range.timeline, range.start, range.end, to.segment_size) {
-            if !to.has_segment(&[range.timeline], segment, range.end).await? {
+            if to.find_segment(&[range.timeline], segment, range.end).await?.is_none() {
                 wanted.push(WalFileName::Segment(segment));
             }
         }
