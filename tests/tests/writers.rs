@@ -116,7 +116,7 @@ struct Twins {
 }
 
 impl Twins {
-    /// Neither has archived anything, and both are stopped.
+    /// Neither has archived anything, and both are stopped, in segments of the same name.
     fn new(label: &str) -> Self {
         let site = Site::new(label);
         let mut one = Cluster::builder("one").scratch(&site.scratch).segment_mb(1).create();
@@ -130,9 +130,21 @@ impl Twins {
         let two = Cluster::with_data_dir("two", &site.scratch, two);
         let mut clusters = [one, two];
         for cluster in &mut clusters {
+            // Where they get to must not depend on what works beside the load.
+            cluster.set("autovacuum", "off");
             cluster.start();
             cluster.pgbench(&["-t", "1500"]);
+        }
+        let current = |of: &Cluster| of.query("select pg_walfile_name(pg_current_wal_insert_lsn())");
+        let ends = clusters.each_ref().map(|cluster| {
             cluster.switch_wal();
+            current(cluster)
+        });
+        let end = ends.iter().max().unwrap();
+        for cluster in &mut clusters {
+            while current(cluster) < *end {
+                cluster.switch_wal();
+            }
             cluster.stop(StopMode::Fast);
         }
         Self { site, clusters, first }
