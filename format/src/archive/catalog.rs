@@ -104,17 +104,23 @@ impl Lineage {
         self.ancestors.last().map_or(Lsn::ZERO, |(_, end)| *end)
     }
 
-    /// The timelines from the newest to the oldest, each with where it begins and, but for the newest, ends.
+    /// The timelines from the newest to the oldest, each with where it begins and, but for the newest, ends. What an ancestor
+    /// wrote behind a place where a later one was left is not on the line; one that was left before it began holds nothing.
     pub fn newest_first(&self) -> impl Iterator<Item = (TimelineId, Lsn, Option<Lsn>)> + '_ {
-        let begins = std::iter::once(Lsn::ZERO).chain(self.ancestors.iter().map(|(_, end)| *end));
-        let ends = self.ancestors.iter().map(|(t, end)| (*t, Some(*end))).chain([(self.timeline, None)]);
-        let all: Vec<_> = ends.zip(begins).map(|((t, end), begin)| (t, begin, end)).collect();
-        all.into_iter().rev()
+        let begins = self.ancestors.iter().rev().map(|(_, end)| *end).chain([Lsn::ZERO]);
+        let timelines = self.ancestors.iter().rev().map(|(t, _)| *t);
+        let mut end = None;
+        std::iter::once(self.timeline).chain(timelines).zip(begins).map(move |(timeline, begin)| {
+            let begin = end.map_or(begin, |end| begin.min(end));
+            let range = (timeline, begin, end);
+            end = Some(begin);
+            range
+        })
     }
 
     /// The timeline that holds `lsn`: a record that starts where an ancestor was left is the successor's.
     pub fn timeline_at(&self, lsn: Lsn) -> TimelineId {
-        self.ancestors.iter().find(|(_, end)| lsn < *end).map_or(self.timeline, |(t, _)| *t)
+        self.newest_first().find(|(_, begin, _)| *begin <= lsn).map_or(self.timeline, |(t, ..)| t)
     }
 
     /// Whether a position on `timeline` lies on this line.
@@ -510,6 +516,21 @@ mod tests {
     use super::super::Ending;
     use super::samples::*;
     use super::*;
+
+    #[test]
+    fn a_timeline_that_was_left_before_it_began_holds_nothing() {
+        let [one, two, three] = [1, 2, 3].map(|n| TimelineId::new(n).unwrap());
+        let line = Lineage { ancestors: vec![(one, Lsn::from(9)), (two, Lsn::from(4))], timeline: three };
+        assert_eq!(
+            [0, 3, 4, 8, 9, 10].map(|lsn| line.timeline_at(Lsn::from(lsn))),
+            [one, one, three, three, three, three]
+        );
+        let ranges: Vec<_> =
+            line.newest_first().map(|(t, begin, end)| (t, begin.get(), end.map(Lsn::get))).collect();
+        assert_eq!(ranges, [(three, 4, None), (two, 4, Some(4)), (one, 0, Some(4))]);
+        let line = Lineage { ancestors: vec![(one, Lsn::from(4)), (two, Lsn::from(9))], timeline: three };
+        assert_eq!([3, 4, 8, 9].map(|lsn| line.timeline_at(Lsn::from(lsn))), [one, two, two, three]);
+    }
 
     #[test]
     fn segments_that_follow_one_another_are_one_run() {
