@@ -11,6 +11,9 @@ use crate::reader::Reader;
 use crate::segment::SegmentSize;
 use crate::time::TimestampTz;
 
+/// `FirstNormalUnloggedLSN`.
+const FIRST_UNLOGGED_LSN: u64 = 1000;
+
 /// `state`: what the cluster was last seen doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -285,40 +288,78 @@ impl HandOver<'_> {
     /// Rewrites a pg_control in the form that pg_rewind leaves it in: recovery goes on from the checkpoint, and the
     /// cluster is consistent from its redo point on. `file` is a pg_control that was decoded.
     pub fn rewrite(&self, file: &[u8], major: PgMajor) -> Result<Vec<u8>, ControlError> {
-        let mut out = file.to_vec();
-        let mut put = |at: usize, bytes: &[u8]| {
-            let end = at.saturating_add(bytes.len());
-            let place =
-                out.get_mut(at..end).ok_or(Corrupt::invalid("pg_control", at as u64, file.len() as u64));
-            place.map(|place| place.copy_from_slice(bytes))
-        };
-        // state: DB_SHUTDOWNED_IN_RECOVERY
-        put(16, &2u32.to_le_bytes())?;
-        put(32, &self.checkpoint.get().to_le_bytes())?;
-        put(ControlFile::CHECKPOINT_OFFSET, self.checkpoint_bytes)?;
-        put(136, &self.redo.get().to_le_bytes())?;
-        put(144, &self.timeline.get().to_le_bytes())?;
-        // backupStartPoint, backupEndPoint, backupEndRequired
-        put(152, &[0; 17])?;
-        if let Some(settings) = &self.settings {
-            put(172, &settings.wal_level.to_le_bytes())?;
-            put(176, &[u8::from(settings.wal_log_hints)])?;
-            put(180, &settings.max_connections.to_le_bytes())?;
-            put(184, &settings.max_worker_processes.to_le_bytes())?;
-            put(188, &settings.max_wal_senders.to_le_bytes())?;
-            put(192, &settings.max_prepared_xacts.to_le_bytes())?;
-            put(196, &settings.max_locks_per_xact.to_le_bytes())?;
-            put(200, &[u8::from(settings.track_commit_timestamp)])?;
-        }
-        let at = crc_offset(major);
-        let crc = out.get(..at).map(crc32c::crc32c).unwrap_or_default();
-        let end = at.saturating_add(4);
+        let state = [(16, &2u32.to_le_bytes()[..]), (32, &self.checkpoint.get().to_le_bytes())];
+        let consistent =
+            [(136, &self.redo.get().to_le_bytes()[..]), (144, &self.timeline.get().to_le_bytes())];
+        let copy = [(ControlFile::CHECKPOINT_OFFSET, &self.checkpoint_bytes[..])];
+        rewritten(file, major, &[&state[..], &copy, &consistent].concat(), self.settings)
+    }
+}
+
+/// What pg_control says of a cluster that was shut down: its files hold all that its log says.
+#[derive(Debug, Clone, Copy)]
+pub struct CleanEnd {
+    /// The checkpoint that it was shut down with; its record starts at its redo point.
+    pub checkpoint: Checkpoint,
+    /// The last change of settings before it.
+    pub settings: Option<ParameterChange>,
+}
+
+impl CleanEnd {
+    /// Rewrites a pg_control in the form that a server leaves it in. `file` is a pg_control that was decoded.
+    pub fn rewrite(&self, file: &[u8], major: PgMajor) -> Result<Vec<u8>, ControlError> {
+        let (time, copy) = (self.checkpoint.time_unix_seconds.to_le_bytes(), self.checkpoint.encode());
+        let redo = self.checkpoint.redo.get().to_le_bytes();
+        let fields = [
+            (16, &1u32.to_le_bytes()[..]),
+            (24, &time),
+            (32, &redo),
+            (ControlFile::CHECKPOINT_OFFSET, &copy),
+            (128, &FIRST_UNLOGGED_LSN.to_le_bytes()),
+            // minRecoveryPoint and its timeline
+            (136, &[0; 12]),
+        ];
+        rewritten(file, major, &fields, self.settings)
+    }
+}
+
+/// A pg_control with other bytes in these places, without what it says of a backup's start and end, its CRC right.
+fn rewritten(
+    file: &[u8],
+    major: PgMajor,
+    fields: &[(usize, &[u8])],
+    settings: Option<ParameterChange>,
+) -> Result<Vec<u8>, ControlError> {
+    let mut out = file.to_vec();
+    let mut put = |at: usize, bytes: &[u8]| {
+        let end = at.saturating_add(bytes.len());
         let place =
             out.get_mut(at..end).ok_or(Corrupt::invalid("pg_control", at as u64, file.len() as u64))?;
-        place.copy_from_slice(&crc.to_le_bytes());
-        ControlFile::decode(&out)?;
-        Ok(out)
+        place.copy_from_slice(bytes);
+        Ok::<_, Corrupt>(())
+    };
+    for (at, bytes) in fields {
+        put(*at, bytes)?;
     }
+    // backupStartPoint, backupEndPoint, backupEndRequired
+    put(152, &[0; 17])?;
+    if let Some(settings) = settings {
+        put(172, &settings.wal_level.to_le_bytes())?;
+        put(176, &[u8::from(settings.wal_log_hints)])?;
+        put(180, &settings.max_connections.to_le_bytes())?;
+        put(184, &settings.max_worker_processes.to_le_bytes())?;
+        put(188, &settings.max_wal_senders.to_le_bytes())?;
+        put(192, &settings.max_prepared_xacts.to_le_bytes())?;
+        put(196, &settings.max_locks_per_xact.to_le_bytes())?;
+        put(200, &[u8::from(settings.track_commit_timestamp)])?;
+    }
+    let at = crc_offset(major);
+    let crc = out.get(..at).map(crc32c::crc32c).unwrap_or_default();
+    let end = at.saturating_add(4);
+    let place = out.get_mut(at..end).ok_or(Corrupt::invalid("pg_control", at as u64, file.len() as u64))?;
+    place.copy_from_slice(&crc.to_le_bytes());
+    ControlFile::decode(&out)?;
+    Ok(out)
 }
 
 /// Takes a `bool` and the padding behind it.
@@ -439,6 +480,19 @@ mod tests {
             assert_eq!((s.max_prepared_xacts, s.max_locks_per_xact, s.wal_level), (14, 15, 2));
             assert!(s.wal_log_hints && s.track_commit_timestamp);
             assert!(over.rewrite(&before[..100], major).is_err());
+
+            let handed_over = over.rewrite(&before, major).unwrap();
+            let c = ControlFile::decode(&handed_over).unwrap();
+            let checkpoint = Checkpoint { redo: Lsn::from(0x500_0028), ..c.checkpoint_copy };
+            let ended = CleanEnd { checkpoint, settings: None }.rewrite(&handed_over, major).unwrap();
+            let e = ControlFile::decode(&ended).unwrap();
+            assert_eq!(
+                (e.state, e.checkpoint, e.checkpoint_copy),
+                (ClusterState::ShutDown, checkpoint.redo, checkpoint)
+            );
+            assert_eq!((e.min_recovery_point, e.min_recovery_timeline), (Lsn::ZERO, None));
+            assert_eq!(e.settings, s);
+            assert_eq!(ended[128..136], 1000u64.to_le_bytes());
         }
     }
 }

@@ -8,7 +8,7 @@ mod origins;
 mod relation_file;
 mod two_phase;
 
-pub use control::{ClusterState, ControlError, ControlFile, HandOver, RecoverySettings};
+pub use control::{CleanEnd, ClusterState, ControlError, ControlFile, HandOver, RecoverySettings};
 pub use data_page::{PageState, verify_page};
 pub use history::{History, HistoryEntry, HistoryError};
 pub use label::{BackupHistory, BackupLabel, LabelError, parse_tablespace_map, tablespace_map_text};

@@ -19,6 +19,7 @@ mod standby;
 mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
+mod timeline_start;
 mod xact;
 mod xlog;
 
@@ -41,6 +42,7 @@ pub use stream::{
     EndReason, Expected, LogEnd, Next, Pending, PreviousTail, RecordStream, SegmentSpan, StreamHead,
     WalBytes, copy_record,
 };
+pub use timeline_start::TimelineStart;
 pub use xact::{Prepare, XactAssignment, XactKind, XactRecord};
 pub use xlog::{
     Checkpoint, EndOfRecovery, OverwriteContrecord, ParameterChange, RestorePointRecord, XlogRecord,

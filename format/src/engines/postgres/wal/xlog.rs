@@ -4,10 +4,10 @@ use crate::engines::postgres::wal::Record;
 use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::error::Corrupt;
 use crate::ids::{Lsn, Oid, PgMajor, TimelineId, Xid};
-use crate::reader::Reader;
+use crate::reader::{Reader, Writer};
 use crate::time::TimestampTz;
 
-const CHECKPOINT_SHUTDOWN: u8 = 0x00;
+pub(super) const CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const CHECKPOINT_ONLINE: u8 = 0x10;
 const NOOP: u8 = 0x20;
 const NEXTOID: u8 = 0x30;
@@ -151,6 +151,19 @@ impl Checkpoint {
         })
     }
 
+    /// As a record or pg_control has it.
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut w = Writer::new();
+        w.u64(self.redo.get()).u32(self.timeline.get()).u32(self.previous_timeline.get());
+        w.u8(u8::from(self.full_page_writes)).bytes(&[0; 3]).u32(self.wal_level.unwrap_or(0).cast_unsigned());
+        w.u64(self.next_full_xid).u32(self.next_oid).u32(self.next_multi).u32(self.next_multi_offset);
+        w.u32(self.oldest_xid.get()).u32(self.oldest_xid_db).u32(self.oldest_multi).u32(self.oldest_multi_db);
+        w.u32(0).i64(self.time_unix_seconds);
+        w.u32(self.oldest_commit_ts_xid.get()).u32(self.newest_commit_ts_xid.get());
+        w.u32(self.oldest_active_xid.get()).u32(0);
+        w.into_bytes().try_into().expect("the fields above have that many bytes")
+    }
+
     /// `time` as a moment.
     pub const fn time(&self) -> TimestampTz {
         TimestampTz::from_unix_micros(self.time_unix_seconds.saturating_mul(1_000_000))
@@ -292,7 +305,7 @@ mod tests {
     use super::*;
 
     fn checkpoint() -> Vec<u8> {
-        let mut w = crate::reader::Writer::new();
+        let mut w = Writer::new();
         w.u64(0x5000028).u32(2).u32(1).u8(1).bytes(&[0; 3]).u32(2).u64(1 << 32 | 740);
         for v in [16384, 1, 2, 722, 1, 1, 5, 0] {
             w.u32(v);
@@ -310,6 +323,7 @@ mod tests {
         let c = decode(PgMajor::V17);
         assert_eq!((c.wal_level, c.next_full_xid, c.oldest_multi_db), (Some(2), 1 << 32 | 740, 5));
         assert_eq!(c.time().to_string(), "2025-11-20 17:30:00+00");
+        assert_eq!(c.encode().as_slice(), bytes);
         for cut in 0..bytes.len() {
             assert!(Checkpoint::decode(&mut Reader::new(&bytes[..cut]), PgMajor::V17).is_err());
         }
