@@ -1,6 +1,7 @@
-//! Archives for the tests of this crate.
+//! Archives, and records, for the tests of this crate.
 
 use waltide_format::archive::*;
+use waltide_format::engines::postgres::wal;
 use waltide_format::*;
 
 /// The segment size of the tests.
@@ -102,4 +103,32 @@ pub(crate) fn manifest(system: u64, salt: u16) -> Manifest {
         chain: None,
         stats: ManifestStats::default(),
     }
+}
+
+/// A record without blocks, with a replication origin where one is given.
+pub(crate) fn with_record<T>(
+    (major, rmid, info): (PgMajor, u8, u8),
+    origin: Option<u16>,
+    main: &[u8],
+    take: impl FnOnce(&wal::Record<'_>) -> T,
+) -> T {
+    let mut body = Vec::new();
+    if let Some(origin) = origin {
+        body.push(253);
+        body.extend(origin.to_le_bytes());
+    }
+    if !main.is_empty() {
+        body.push(254);
+        body.extend((main.len() as u32).to_le_bytes());
+        body.extend(main);
+    }
+    let mut record = ((wal::RECORD_HEADER_BYTES + body.len()) as u32).to_le_bytes().to_vec();
+    record.extend(740u32.to_le_bytes());
+    record.extend(0x900u64.to_le_bytes());
+    record.extend([info, rmid, 0, 0]);
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+    record.extend(crc.to_le_bytes());
+    record.extend(body);
+    let (start, end) = (Lsn::from(0x1000), Lsn::from(0x2000));
+    take(&wal::Record::decode(&record, start, end, major, &mut Vec::new()).unwrap())
 }

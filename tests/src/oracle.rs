@@ -395,6 +395,36 @@ impl ControlData {
     }
 }
 
+/// What the end of a recovery says besides files: counters and settings in pg_control, and the history of the timeline
+/// that it began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoveryEnd {
+    control: BTreeMap<String, String>,
+    /// The lines of the history.
+    pub history: Vec<String>,
+}
+
+impl RecoveryEnd {
+    /// Of a server that was shut down before it did anything else.
+    #[track_caller]
+    pub fn read(data_dir: &Path) -> Self {
+        let told = ControlData::read(data_dir);
+        let history = data_dir.join(format!("pg_wal/{:08X}.history", told.timeline()));
+        let history =
+            std::fs::read_to_string(&history).unwrap_or_else(|e| panic!("{}: {e}", history.display()));
+        let history = history.lines().map(str::trim_end).filter(|line| !line.is_empty()).map(str::to_owned);
+        let place = |key: &str| ["REDO", "PrevTimeLineID", "location"].iter().any(|part| key.contains(part));
+        let is_told = |key: &str| {
+            ["setting", "checkpoint's", "cluster state", "Minimum", "Min recovery", "Backup", "End-of"]
+                .iter()
+                .any(|part| key.contains(part))
+                && !(key.contains("checkpoint") && place(key))
+        };
+        let control = told.0.into_iter().filter(|(key, _)| is_told(key)).collect();
+        Self { control, history: history.collect() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use waltide_tests::load::{self, Chance};
+use waltide_tests::oracle::RecoveryEnd;
 use waltide_tests::workload::{EVERY_RMGR_SETTINGS, every_rmgr_with};
 use waltide_tests::{Cluster, Runner, Site, StopMode, pages};
 
@@ -77,7 +78,37 @@ impl Twice {
         let (mut server, _) = self.restore("server", &["--target-lsn", target, "--replay", "server"]);
         Self::recover(&mut server, true);
         assert_no_difference("at the target", server.data_dir(), native.data_dir());
+        self.assert_finished(target, more, &server);
         replayed.clone()
+    }
+
+    /// Native replay to the target itself leaves what PostgreSQL's recovery has left at its end, before any server is started
+    /// on it and afterwards.
+    #[track_caller]
+    fn assert_finished(&self, target: &str, more: &[&str], server: &Cluster) {
+        let finish: Vec<&str> =
+            ["--target-lsn", target, "--finish", "native"].iter().chain(more).copied().collect();
+        let (mut finished, done) = self.restore("finished", &finish);
+        assert_eq!(done["restored"]["replayed"]["finished"], true, "{done}");
+        assert_eq!(RecoveryEnd::read(server.data_dir()), RecoveryEnd::read(finished.data_dir()));
+        let shutdown = ["--target-lsn", target, "--target-action", "shutdown", "--replay", "server"];
+        let (mut at_the_end, _) = self.restore("at-the-end", &shutdown);
+        Self::recover(&mut at_the_end, false);
+        // A server that is shut down in recovery has not put unlogged relations back yet.
+        let (pages, mut differences) = pages::compare(at_the_end.data_dir(), finished.data_dir());
+        differences.retain(|told| {
+            let main = finished.data_dir().join(told.split(' ').next().unwrap());
+            let init = main.with_file_name(format!("{}_init", main.file_name().unwrap().to_str().unwrap()));
+            !init.exists() || std::fs::read(&main).unwrap() != std::fs::read(&init).unwrap()
+        });
+        assert!(pages > 1000 && differences.is_empty(), "where it ends: {differences:#?}");
+        Self::recover(&mut finished, true);
+        let log = finished.log_text();
+        assert!(log.contains("database system was shut down at") && !log.contains("redo starts"), "{log}");
+        assert_no_difference("once a server was started", server.data_dir(), finished.data_dir());
+        finished.start();
+        finished.query("create extension if not exists amcheck");
+        finished.client("pg_amcheck").args(["--heapallindexed", "postgres"]).run().assert_ok();
     }
 }
 
@@ -245,9 +276,13 @@ fn any_moment_of_a_long_run_is_reached_whole() {
     // Before the third no checkpoint need have ended behind the backup.
     for n in 0..targets() {
         let (id, lsn) = &moments[usize::try_from(chance.below(moments.len() as u64 - 3)).unwrap() + 3];
-        let (mut native, done) =
-            twice.restore("native", &["--target-lsn", lsn, "--replay", "native", "--memory", "256kB"]);
+        let finish = ["native", "server"][usize::try_from(n % 2).unwrap()];
+        let (mut native, done) = twice.restore(
+            "native",
+            &["--target-lsn", lsn, "--replay", "native", "--finish", finish, "--memory", "256kB"],
+        );
         let replayed = &done["restored"]["replayed"];
+        assert_eq!(replayed["finished"], finish == "native", "{replayed}");
         assert!(replayed["spilled_bytes"].as_u64().unwrap() > 0, "{replayed}");
         native.start();
         native.wait_promoted();
@@ -295,6 +330,7 @@ fn what_fails_while_it_is_written_is_thrown_away() {
     let site = Site::new("forward-failing");
     let builder = site.builder("db").checksums(false).setting("autovacuum", "off");
     let mut cluster = site.start(builder.setting("full_page_writes", "off"));
+    cluster.create_tablespace("elsewhere");
     cluster.query("create table t (id int, n int) with (fillfactor = 50)");
     cluster.query("insert into t select n, 0 from generate_series(1, 1000) n");
     cluster.query("vacuum t; checkpoint");
@@ -314,12 +350,22 @@ fn what_fails_while_it_is_written_is_thrown_away() {
     let twice = Twice { site, backup };
     let dir = twice.site.scratch.fresh_path("native");
     let dir_text = dir.to_str().unwrap();
-    let failed = twice.site.waltide.fails(1, ["restore", "--data-dir", dir_text, "--replay", "native"]);
+    // Another version's cluster has its own directory in the tablespace.
+    let space = twice.site.scratch.fresh_path("space");
+    let other = space.join("PG_14_202107181/5/16400");
+    std::fs::create_dir_all(other.parent().unwrap()).unwrap();
+    std::fs::write(&other, "another cluster's").unwrap();
+    twice.site.scratch.give_tree(&space);
+    let map = format!("--tablespace-map={}={}", twice.backup["tablespaces"][0]["oid"], space.display());
+    let restore = ["restore", "--data-dir", dir_text, "--archive-mode", "off", "--allow-clear", &map];
+    let failed = twice.site.waltide.fails(1, [&restore[..], &["--replay", "native"]].concat());
     assert!(failed.stderr.contains("which is not there"), "{failed:?}");
     assert!(!dir.join("global/pg_control").exists());
     // Taken up again by PostgreSQL alone, it is what PostgreSQL's alone is.
-    let out = twice.site.waltide.ok(["restore", "--data-dir", dir_text, "--archive-mode", "off"]);
+    let out = twice.site.waltide.ok(restore);
     assert!(out.stderr.contains("PostgreSQL replays everything"), "{out:?}");
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "another cluster's");
+    std::fs::remove_dir_all(space.join("PG_14_202107181")).unwrap();
     let (server, _) = twice.restore("server", &["--replay", "server"]);
     let files = |root: &Path| -> BTreeMap<String, Vec<u8>> {
         let mut files = BTreeMap::new();

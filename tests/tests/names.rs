@@ -190,7 +190,10 @@ impl Site {
             let made = made_tablespaces(&counted, &layout, &catalog, &planned).await.unwrap();
             assert!(made.is_empty(), "{made:?}");
             let (mode, memory) = (ReplayMode::Auto, 1 << 30);
-            let replay = choose_replay(&counted, &layout, &catalog, &planned, mode, memory).await.unwrap();
+            let replay =
+                choose_replay(&counted, &layout, &catalog, &planned, mode, ReplayMode::Server, memory)
+                    .await
+                    .unwrap();
             (moment, (planned, ReplayPlan::from(&replay)))
         });
         (moment, plan, faults.calls())

@@ -121,7 +121,8 @@ async fn advance(args: Args, context: &Context) -> Result<(), Failure> {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
     };
-    let chosen = choose_replay(&archive, &layout, &catalog, &plan, ReplayMode::Native, memory).await;
+    let (native, handed_over) = (ReplayMode::Native, ReplayMode::Server);
+    let chosen = choose_replay(&archive, &layout, &catalog, &plan, native, handed_over, memory).await;
     let chosen = match (chosen.map_err(search_failure)?, args.to) {
         // A backup of a later checkpoint would be no base for that time.
         (Replay::Native(forward), Some(Until::Time(by))) => {
@@ -129,11 +130,13 @@ async fn advance(args: Args, context: &Context) -> Result<(), Failure> {
         }
         (chosen, _) => chosen,
     };
-    let forward = match chosen {
-        Replay::Native(forward) => forward,
+    let (forward, point) = match chosen {
+        Replay::Native(forward) => {
+            let point = forward.hand_over().expect("it was not asked to end anywhere else");
+            (forward, point)
+        }
         Replay::Server(why) => return Err(cannot(&plan, &why.unwrap_or_default())),
     };
-    let point = forward.point();
     let mut told = Told {
         dry_run: args.dry_run,
         from: &plan.backup,

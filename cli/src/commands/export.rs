@@ -111,7 +111,8 @@ async fn export(args: Args, context: &Context) -> Result<(), Failure> {
     let goal = Goal { action: TargetAction::Promote, ..goal };
     let backup = named_backup(&catalog, args.backup.as_deref())?;
     let plan = make_plan(&archive, &layout, &catalog, &goal, backup.as_ref()).await?;
-    let replay = choose(&archive, &layout, &catalog, &plan, args.replay, args.memory).await?;
+    let replay =
+        choose(&archive, &layout, &catalog, &plan, (args.replay, ReplayMode::Server), args.memory).await?;
     let progress = context.progress();
     let source = ExportSource { archive: &archive, layout: &layout, catalog: &catalog, progress: &progress };
     let request = ExportRequest {

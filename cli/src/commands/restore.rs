@@ -32,7 +32,7 @@ const DRILLS: usize = 5;
 ///
 /// A plan is made first: the base backup, the WAL, the exact position at which PostgreSQL will stop, or why the target
 /// cannot be reached and which near it can. Nothing is touched before that. The cluster is left ready to start;
-/// PostgreSQL's own recovery then brings it to the target, with `waltide fetch` as its restore_command.
+/// PostgreSQL's own recovery then brings it to the target, with `waltide fetch` as its restore_command (but see --finish).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where the cluster goes
@@ -62,6 +62,10 @@ pub(crate) struct Args {
     /// How the WAL is replayed: native as far as possible, native or not at all, or by PostgreSQL alone
     #[arg(long, value_name = "auto|native|server", default_value = "auto")]
     replay: ReplayMode,
+    /// Who goes on to the target where the WAL is replayed natively: PostgreSQL from the last checkpoint before it, or native
+    /// replay itself, where that is possible (auto) or else not at all; the server then starts as after a shutdown
+    #[arg(long, value_name = "auto|native|server", default_value = "server")]
+    finish: ReplayMode,
     /// So much of the WAL native replay keeps in memory; the rest goes to a file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
     memory: u64,
@@ -258,6 +262,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     if !args.database.is_empty() {
         check_part(&args)?;
     }
+    if args.finish == ReplayMode::Native {
+        check_finish(&args)?;
+    }
     let (archive, layout) = (context.archive().await?, context.layout()?);
     let catalog = context.catalog(&archive, &layout).await?;
     let goal = args.goal.goal(&archive, &layout, &catalog).await?;
@@ -273,7 +280,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     if args.standby && args.replay == ReplayMode::Native {
         return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
     }
-    let replay = choose(&archive, &layout, &catalog, &plan, mode, args.memory).await?;
+    // Of a part the server that recovers tells what is missing.
+    let handed_over = args.standby || !args.database.is_empty();
+    let finish = if handed_over { ReplayMode::Server } else { args.finish };
+    let replay = choose(&archive, &layout, &catalog, &plan, (mode, finish), args.memory).await?;
     let databases = match args.database.is_empty() {
         true => None,
         false => {
@@ -353,6 +363,20 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     }
 }
 
+/// Refuses what does not go with native replay to the target.
+fn check_finish(args: &Args) -> Result<(), Failure> {
+    if args.standby {
+        return Err(Failure::usage("--finish native goes to a target, and --standby has none"));
+    }
+    if !args.database.is_empty() {
+        return Err(Failure::usage("--finish native restores everything, and --database a part"));
+    }
+    if args.replay == ReplayMode::Server {
+        return Err(Failure::usage("--finish native is native replay, and --replay server is none"));
+    }
+    Ok(())
+}
+
 /// Refuses what does not go with a part of a cluster.
 fn check_part(args: &Args) -> Result<(), Failure> {
     if args.standby {
@@ -367,21 +391,27 @@ fn check_part(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// How to come to the plan's target; a failure where that is to be native and cannot be.
+/// How to come to the plan's target: how the log is replayed, and who goes on to its end. A failure where that is to be native
+/// and cannot be.
 pub(super) async fn choose(
     archive: &Archive,
     layout: &Layout,
     catalog: &Catalog,
     plan: &Plan,
-    mode: ReplayMode,
+    (mode, finish): (ReplayMode, ReplayMode),
     memory: u64,
 ) -> Result<Replay, Failure> {
     let memory = usize::try_from(memory).unwrap_or(usize::MAX);
-    let chosen = choose_replay(archive, layout, catalog, plan, mode, memory).await.map_err(|e| {
+    let chosen = choose_replay(archive, layout, catalog, plan, mode, finish, memory).await;
+    let chosen = chosen.map_err(|e| {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
     })?;
     match &chosen {
+        Replay::Server(Some(reason)) if finish == ReplayMode::Native => {
+            Err(Failure::message(1, format!("the WAL cannot be replayed natively to the target: {reason}"))
+                .hint("restore with --finish auto or --finish server"))
+        }
         Replay::Server(Some(reason)) if mode == ReplayMode::Native => {
             Err(Failure::message(1, format!("the WAL cannot be replayed natively: {reason}"))
                 .hint("restore with --replay auto or --replay server"))
@@ -467,6 +497,9 @@ fn told(plan: &Plan, part: Option<&Part>, restored: &Restored, outcome: Option<&
         ));
     }
     match outcome {
+        None if restored.replayed.as_ref().is_some_and(|replayed| replayed.finished) => {
+            text.push_str("next      start the server: it is at the target, and has nothing to recover\n");
+        }
         None => text.push_str("next      start the server: it recovers to the target by itself\n"),
         Some(outcome) => {
             let at = outcome.reached_lsn.map_or(String::new(), |lsn| format!(" at {lsn}"));

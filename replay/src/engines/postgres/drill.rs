@@ -382,7 +382,10 @@ impl Drill<'_> {
         let DrillSource { archive, catalog, .. } = self.source;
         let (mode, memory) = (self.request.replay, self.request.memory);
         let replay = match redirected.segments.is_empty() {
-            true => choose_replay(archive, self.source.layout, catalog, plan, mode, memory).await?,
+            true => {
+                let (layout, finish) = (self.source.layout, ReplayMode::Server);
+                choose_replay(archive, layout, catalog, plan, mode, finish, memory).await?
+            }
             // Native replay reads the segments as they are archived.
             false => Replay::Server(Some("the WAL makes a tablespace outside the scratch place".to_owned())),
         };

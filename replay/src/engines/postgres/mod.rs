@@ -37,7 +37,7 @@ pub use export::{
 pub use fetch::{FetchError, FetchOutcome, FetchRequest, Fetched, Fetcher};
 pub use find_moment::{MomentError, Searched, find_moment};
 pub use forward::{
-    Forward, ForwardError, Point, Replay, ReplayMode, ReplayPlan, Replayed, Unknown, choose_replay,
+    Finish, Forward, ForwardError, Point, Replay, ReplayMode, ReplayPlan, Replayed, Unknown, choose_replay,
 };
 pub use indexes::{ArchivedIndexes, SearchError};
 pub use install::{InstallError, Installation, ServerUser};

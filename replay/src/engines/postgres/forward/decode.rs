@@ -9,11 +9,12 @@ use waltide_format::engines::postgres::wal::{
     Damage, DatabaseRecord, Expected, Next, ParameterChange, Record, RecordStream, Rmgr, SegmentSpan,
     SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE, XlogRecord, copy_record, implicit_vm_blocks,
 };
-use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer};
+use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, Oid, RelFileLocator, Writer, Xid};
 
 use super::super::redo;
 use super::super::selection::Selection;
 use super::batch::{Batch, Entry, Idle, PART_BLOCKS, PIECE_BYTES, PartTag};
+use super::counters;
 use super::newer::{Blocks, Newer};
 use super::pool::{Pool, Pooled};
 
@@ -132,6 +133,11 @@ pub(super) struct Decoded {
     packed: Writer,
     /// Changes of settings.
     pub(super) settings: Vec<(Lsn, ParameterChange)>,
+    /// The newest transaction that wrote anything before a change of settings, and before the last record's end.
+    pub(super) newest_xids: Vec<(Lsn, Xid)>,
+    newest_xid: Xid,
+    /// Start and end of the last record in the range.
+    pub(super) last_record: Option<(Lsn, Lsn)>,
     /// A record that begins here and ends behind the next segment.
     pub(super) unfinished: Option<Lsn>,
     /// How many records there are in the range.
@@ -232,7 +238,7 @@ pub(super) fn decode_segment(
             Read::Gone => kept = usize::MAX,
         }
     }
-    decoded.close();
+    decoded.end();
     Ok(decoded)
 }
 
@@ -296,7 +302,7 @@ fn read_records(
 pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError> {
     let mut decoded = Decoded::default();
     decoded.add(record, None).map_err(DecodeError::Unknown)?;
-    decoded.close();
+    decoded.end();
     Ok(decoded)
 }
 
@@ -329,6 +335,8 @@ impl Decoded {
             }
         }
         self.settings.clear();
+        self.newest_xids.clear();
+        (self.newest_xid, self.last_record) = (Xid::INVALID, None);
         (self.unfinished, self.count, self.stretch, self.passed_over) = (None, 0, 0, false);
     }
 
@@ -343,6 +351,10 @@ impl Decoded {
     /// Takes note of what a record does. What the `newer` log makes irrelevant is passed over.
     fn add(&mut self, record: &Record<'_>, newer: Option<&Newer>) -> Result<Added, Unknown> {
         self.count = self.count.saturating_add(1);
+        self.last_record = Some((record.start, record.end));
+        if self.newest_xid.precedes(record.header.xid) {
+            self.newest_xid = record.header.xid;
+        }
         let unknown = Unknown { at: record.start, rmgr: record.rmgr(), kind: record.kind() };
         if record.blocks().len() > 0 {
             if !redo::vouches_for(record) || record.main_data().len() > MAIN_DATA_MAX {
@@ -370,8 +382,9 @@ impl Decoded {
         self.add_files(record, newer, &unknown)?;
         if let Some(XlogRecord::ParameterChange(change)) = decoded(XlogRecord::decode(record), &unknown)? {
             self.settings.push((record.start, change));
+            self.newest_xids.push((record.start, self.newest_xid));
         }
-        if redo::changes_state(record) {
+        if redo::changes_state(record) || counters::counts(record) {
             self.put(None, record, newer);
         }
         Ok(Added::All)
@@ -389,6 +402,12 @@ impl Decoded {
             self.close();
         }
         self.steps.push(Step::Files(deed));
+    }
+
+    /// No record follows.
+    fn end(&mut self) {
+        self.close();
+        self.newest_xids.extend(self.last_record.map(|(_, end)| (end, self.newest_xid)));
     }
 
     /// Completes all batches.

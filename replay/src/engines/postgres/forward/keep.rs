@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use foldhash::HashMap;
 use waltide_format::engines::postgres::wal::{ParameterChange, SmgrRecord, VM_HEAP_BLOCKS_PER_PAGE};
-use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator};
+use waltide_format::{BlockNumber, ForkNumber, Lsn, RelFileLocator, Xid};
 
 use super::super::selection::Selection;
 use super::batch::{Batch, Idle, PIECE_BYTES, PartTag};
@@ -148,6 +148,8 @@ pub(super) struct Keeper {
     kept: Kept,
     newer: Newer,
     settings: Vec<(Lsn, ParameterChange)>,
+    newest_xids: Vec<(Lsn, Xid)>,
+    last_record: Option<(Lsn, Lsn)>,
     idle: Idle,
     /// Bytes of memory that chains have.
     buffered: usize,
@@ -166,6 +168,11 @@ pub(super) struct Log {
     pub(super) stretches: Vec<Kept>,
     /// Changes of settings, oldest first.
     pub(super) settings: Vec<(Lsn, ParameterChange)>,
+    /// The newest transactions that wrote anything before certain places, oldest first; one that is far older than the one
+    /// before is none.
+    pub(super) newest_xids: Vec<(Lsn, Xid)>,
+    /// Start and end of the last record.
+    pub(super) last_record: Option<(Lsn, Lsn)>,
     /// Records seen.
     pub(super) records: u64,
 }
@@ -175,7 +182,21 @@ impl Keeper {
     pub(super) fn new(spill: Spill, memory: usize, selection: Option<Arc<Selection>>) -> Self {
         let (complete, kept, newer, settings) = (Vec::new(), Kept::default(), Newer::default(), Vec::new());
         let (idle, buffered, records) = (Idle::default(), 0, 0);
-        Self { spill, complete, kept, newer, settings, idle, buffered, memory, selection, records }
+        let (newest_xids, last_record) = (Vec::new(), None);
+        Self {
+            spill,
+            complete,
+            kept,
+            newer,
+            settings,
+            newest_xids,
+            last_record,
+            idle,
+            buffered,
+            memory,
+            selection,
+            records,
+        }
     }
 
     /// What was added so far makes irrelevant.
@@ -197,6 +218,8 @@ impl Keeper {
     pub(super) fn add(&mut self, decoded: &mut Decoded) -> io::Result<()> {
         self.records = self.records.saturating_add(decoded.count);
         self.settings.extend(decoded.settings.iter().rev());
+        self.newest_xids.extend(decoded.newest_xids.iter().rev());
+        self.last_record = self.last_record.or(decoded.last_record);
         while let Some(step) = decoded.steps.pop() {
             match step {
                 Step::Entries(mut batch) => {
@@ -270,7 +293,15 @@ impl Keeper {
         self.complete_stretch();
         self.complete.reverse();
         self.settings.reverse();
-        Log { spill: self.spill, stretches: self.complete, settings: self.settings, records: self.records }
+        self.newest_xids.reverse();
+        Log {
+            spill: self.spill,
+            stretches: self.complete,
+            settings: self.settings,
+            newest_xids: self.newest_xids,
+            last_record: self.last_record,
+            records: self.records,
+        }
     }
 
     /// Moves buffers to the file, the long ones first, until a part of the memory is free: so little that the threads that take

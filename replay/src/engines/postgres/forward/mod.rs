@@ -4,7 +4,9 @@
 
 mod apply;
 mod batch;
+mod counters;
 mod decode;
+mod finish;
 mod keep;
 mod newer;
 mod point;
@@ -17,20 +19,29 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use waltide_format::engines::postgres::cluster::{BackupLabel, ControlError, ControlFile, HandOver};
-use waltide_format::engines::postgres::wal::{Checkpoint, ParameterChange, Record};
+use waltide_format::archive::SegmentEntry;
+use waltide_format::engines::postgres::cluster::{
+    BackupLabel, CleanEnd, ControlError, ControlFile, HandOver,
+};
+use waltide_format::engines::postgres::wal::{Checkpoint, ParameterChange, Record, TimelineStart};
 use waltide_format::{
-    BlockNumber, ForkNumber, Lsn, Oid, RelFileLocator, SegmentName, SegmentSize, TimelineId, TimestampTz,
+    BlockNumber, ForkNumber, Lsn, Oid, Reader, RelFileLocator, SegmentName, SegmentSize, TimelineId,
+    TimestampTz, Xid,
 };
 use waltide_storage::Progress;
 
 use super::indexes::SearchError;
 use super::redo::{self, RedoError, State, StateError};
+use crate::drill::now;
+use counters::Counters;
 use decode::NO_RELATION;
 use keep::Log;
+use point::End;
 
 pub(super) use batch::PART_BLOCKS;
 pub use decode::Unknown;
+pub(super) use finish::Begun;
+pub use finish::Finish;
 pub use point::{Forward, Point, Replay, ReplayMode, ReplayPlan, choose_replay};
 
 /// Why native replay came to no end.
@@ -68,6 +79,12 @@ pub enum ForwardError {
         /// Start of the record.
         at: Lsn,
     },
+    /// The segment that a record ends in does not reach so far by its index.
+    #[error("the record before {at} ends in a segment whose index ends before\nhint: run `waltide verify`")]
+    Short {
+        /// Where the record ends.
+        at: Lsn,
+    },
     /// There is no such checkpoint where the index has one.
     #[error("there is no checkpoint at {at}, where the archive's index has one\nhint: run `waltide verify`")]
     NoCheckpoint {
@@ -103,7 +120,7 @@ impl ForwardError {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Search(e) => e.is_damage(),
-            Self::NoCheckpoint { .. } => true,
+            Self::NoCheckpoint { .. } | Self::Short { .. } => true,
             _ => false,
         }
     }
@@ -112,6 +129,8 @@ impl ForwardError {
 /// What native replay did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Replayed {
+    /// Whether the target was reached: then the checkpoint is the shutdown checkpoint that a timeline was begun with.
+    pub finished: bool,
     /// Start of the checkpoint's record at which PostgreSQL goes on.
     pub checkpoint: Lsn,
     /// Its redo point: everything before it is in the files.
@@ -171,9 +190,21 @@ impl Log {
 /// A cluster whose log was read, ready to be written.
 pub(super) struct Ready {
     log: Log,
-    point: Point,
-    checkpoint_bytes: [u8; Checkpoint::BYTES],
+    end: End,
+    /// The checkpoint that is handed over at, or that the backup begins with.
+    checkpoint: [u8; Checkpoint::BYTES],
+    /// Where it ends at the target: the segment that the last record ends in, where it does not end with it.
+    segment: Option<SegmentEntry>,
     scan_seconds: f64,
+}
+
+/// What native replay leaves.
+pub(super) struct Over {
+    pub(super) replayed: Replayed,
+    /// The cluster's new pg_control.
+    pub(super) control: Vec<u8>,
+    /// The timeline that begins, where replay went to the target.
+    pub(super) begun: Option<Begun>,
 }
 
 /// Where the cluster is being restored.
@@ -191,6 +222,14 @@ pub(super) struct Place<'a> {
 }
 
 impl Ready {
+    /// The number of the timeline that is to begin, where one is.
+    pub(super) const fn timeline_mut(&mut self) -> Option<&mut TimelineId> {
+        match &mut self.end {
+            End::HandOver(_) => None,
+            End::Target(finish) => Some(&mut finish.timeline),
+        }
+    }
+
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(
         &self,
@@ -202,12 +241,8 @@ impl Ready {
         self.log.stretches.first().is_some_and(|kept| kept.is_superseded(tag))
     }
 
-    /// Brings the restored files forward. What it gives is the cluster's new pg_control.
-    pub(super) fn apply(
-        &self,
-        place: &Place<'_>,
-        progress: &dyn Progress,
-    ) -> Result<(Replayed, Vec<u8>), ForwardError> {
+    /// Brings the restored files forward.
+    pub(super) fn apply(&self, place: &Place<'_>, progress: &dyn Progress) -> Result<Over, ForwardError> {
         let started = std::time::Instant::now();
         let kept = self.log.stretches.iter().map(keep::Kept::page_bytes);
         progress.phase("replay", Some(kept.fold(0, u64::saturating_add)));
@@ -215,6 +250,8 @@ impl Ready {
         let files = apply::Files::new(place, control);
         let mut state = State::open(place.data_dir, place.tablespaces, &control)?;
         let mut written = apply::Written::default();
+        let mut counters = self.counters(&control)?;
+        let mut newest_xids = self.log.newest_xids.iter().peekable();
         for kept in &self.log.stretches {
             if let Some(copy) = kept.begins_with {
                 apply::copy_database(&files, copy.from, copy.to)?;
@@ -226,9 +263,15 @@ impl Ready {
                 |entry| -> Result<(), ForwardError> {
                     let record =
                         Record::unpack(entry.packed, entry.of(NO_RELATION), control.major, &mut blocks);
-                    let record = record.map_err(|_| ForwardError::Kept { at: entry.start })?;
-                    let effects =
-                        redo::effects(&record).map_err(|_| ForwardError::Kept { at: entry.start })?;
+                    let kept = |_| ForwardError::Kept { at: entry.start };
+                    let record = record.map_err(kept)?;
+                    if let Some(counters) = &mut counters {
+                        while let Some((_, xid)) = newest_xids.next_if(|(at, _)| *at <= entry.start) {
+                            counters.saw(*xid);
+                        }
+                        counters.follow(&record).map_err(kept)?;
+                    }
+                    let effects = redo::effects(&record).map_err(kept)?;
                     for effect in &effects {
                         state.apply(effect, (entry.start, entry.end))?;
                     }
@@ -238,19 +281,35 @@ impl Ready {
             apply::shape(&files, kept)?;
             written.add(&apply::pages(&files, &self.log, kept, place.threads, progress)?);
         }
-        state.finish(self.point.redo)?;
-        let over = HandOver {
-            checkpoint: self.point.checkpoint,
-            checkpoint_bytes: &self.checkpoint_bytes,
-            redo: self.point.redo,
-            timeline: self.point.before,
-            settings: self.log.last_settings(),
+        state.finish(self.end.until())?;
+        newest_xids.for_each(|(_, xid)| counters.iter_mut().for_each(|counters| counters.saw(*xid)));
+        let (point, control, begun) = match &self.end {
+            End::HandOver(point) => {
+                let over = HandOver {
+                    checkpoint: point.checkpoint,
+                    checkpoint_bytes: &self.checkpoint,
+                    redo: point.redo,
+                    timeline: point.before,
+                    settings: self.log.last_settings(),
+                };
+                (*point, over.rewrite(place.control, control.major)?, None)
+            }
+            End::Target(finish) => {
+                finish::reset_unlogged(place.data_dir, &control)?;
+                let counters = counters.expect("they are followed where a checkpoint has to be written");
+                let (checkpoint, begun) = self.begin(finish, &counters, &control)?;
+                let end = CleanEnd { checkpoint, settings: self.log.last_settings() };
+                let Checkpoint { redo, timeline, previous_timeline: before, .. } = checkpoint;
+                let point = Point { checkpoint: redo, redo, timeline, before, time: checkpoint.time() };
+                (point, end.rewrite(place.control, control.major)?, Some(begun))
+            }
         };
         let replayed = Replayed {
-            checkpoint: self.point.checkpoint,
-            redo: self.point.redo,
-            timeline: self.point.timeline,
-            time: self.point.time,
+            finished: begun.is_some(),
+            checkpoint: point.checkpoint,
+            redo: point.redo,
+            timeline: point.timeline,
+            time: point.time,
             records: self.log.records,
             changes: written.changes,
             pages: written.pages,
@@ -259,6 +318,42 @@ impl Ready {
             scan_seconds: self.scan_seconds,
             apply_seconds: started.elapsed().as_secs_f64(),
         };
-        Ok((replayed, over.rewrite(place.control, control.major)?))
+        Ok(Over { replayed, control, begun })
+    }
+
+    /// What checkpoints say, followed from the one that the backup begins with, where one has to be written.
+    fn counters(&self, control: &ControlFile) -> Result<Option<Counters>, ForwardError> {
+        let End::Target(_) = &self.end else { return Ok(None) };
+        let base = Checkpoint::decode(&mut Reader::new(&self.checkpoint), control.major);
+        let base = base.map_err(ControlError::from)?;
+        Ok(Some(Counters::new(base, control.settings.track_commit_timestamp)))
+    }
+
+    /// The timeline that begins at the target, with the checkpoint that its log begins with.
+    fn begin(
+        &self,
+        finish: &Finish,
+        counters: &Counters,
+        control: &ControlFile,
+    ) -> Result<(Checkpoint, Begun), ForwardError> {
+        let (last_record, at) = self.log.last_record.ok_or(ForwardError::NoCheckpoint { at: finish.base })?;
+        let (timeline, before) = (finish.timeline, finish.before(at));
+        let checkpoint = Checkpoint {
+            timeline,
+            previous_timeline: before,
+            time_unix_seconds: now().unix_micros().div_euclid(1_000_000),
+            oldest_active_xid: Xid::INVALID,
+            ..counters.now()
+        };
+        let start = TimelineStart {
+            at,
+            last_record,
+            major: control.major,
+            system_id: control.system_id,
+            segment_size: control.segment_size,
+        };
+        let (checkpoint, bytes) = start.write(checkpoint);
+        let (reason, segment) = (finish.reason(last_record), self.segment.clone());
+        Ok((checkpoint, Begun { timeline, at, before, reason, segment, bytes }))
     }
 }

@@ -20,6 +20,7 @@ use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::selection::Selection;
 use super::batch::PART_BLOCKS;
 use super::decode::{Unknown, Wanted};
+use super::finish::Finish;
 use super::keep::Keeper;
 use super::scan::UNDER_WAY;
 use super::spill::Spill;
@@ -70,6 +71,25 @@ pub struct Point {
     pub time: TimestampTz,
 }
 
+/// Where native replay ends.
+#[derive(Debug, Clone)]
+pub(super) enum End {
+    /// At a checkpoint, from which PostgreSQL goes on.
+    HandOver(Point),
+    /// At the target.
+    Target(Finish),
+}
+
+impl End {
+    /// Records that start before are replayed.
+    pub(super) const fn until(&self) -> Lsn {
+        match self {
+            Self::HandOver(point) => point.redo,
+            Self::Target(finish) => finish.lsn,
+        }
+    }
+}
+
 /// The way that was chosen.
 #[derive(Debug, Clone)]
 pub enum Replay {
@@ -91,7 +111,7 @@ impl Replay {
             records: plan.records,
         };
         let mut native = NativeWork { wal_bytes: forward.wal_bytes(), ..NativeWork::default() };
-        for segment in forward.segments.iter().filter(|segment| segment.start < forward.point.redo) {
+        for segment in forward.segments.iter().filter(|segment| segment.start < forward.end.until()) {
             let SegmentInfo { records, image_bytes, .. } = segment.entry.info;
             native.segments = native.segments.saturating_add(1);
             native.records = native.records.saturating_add(records);
@@ -108,30 +128,46 @@ pub struct ReplayPlan {
     pub how: &'static str,
     /// Where native replay hands over to PostgreSQL.
     pub hand_over: Option<Point>,
-    /// Why native replay has no part, where it was thought of.
+    /// Where it ends without PostgreSQL.
+    pub finish: Option<Finish>,
+    /// Why native replay has no part, or does not go on to the target, where that was thought of.
     pub because: Option<String>,
 }
 
 impl From<&Replay> for ReplayPlan {
     fn from(replay: &Replay) -> Self {
-        match replay {
-            Replay::Server(because) => Self { how: "server", hand_over: None, because: because.clone() },
-            Replay::Native(forward) => Self { how: "native", hand_over: Some(forward.point), because: None },
-        }
+        let (how, because) = match replay {
+            Replay::Server(because) => ("server", because.clone()),
+            Replay::Native(forward) => ("native", forward.because.clone()),
+        };
+        let end = match replay {
+            Replay::Server(_) => None,
+            Replay::Native(forward) => Some(&forward.end),
+        };
+        let (hand_over, finish) = match end {
+            Some(End::HandOver(point)) => (Some(*point), None),
+            Some(End::Target(finish)) => (None, Some(finish.clone())),
+            None => (None, None),
+        };
+        Self { how, hand_over, finish, because }
     }
 }
 
 impl fmt::Display for ReplayPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.hand_over, &self.because) {
-            (Some(Point { redo, checkpoint, .. }), _) => {
-                write!(
-                    f,
-                    "native to {redo}, the redo point of the checkpoint at {checkpoint}, then by PostgreSQL"
-                )
+        match (&self.hand_over, &self.finish) {
+            (Some(Point { redo, checkpoint, .. }), _) => write!(
+                f,
+                "native to {redo}, the redo point of the checkpoint at {checkpoint}, then by PostgreSQL"
+            )?,
+            (None, Some(Finish { lsn, timeline, .. })) => {
+                write!(f, "native to the target, {lsn}, where timeline {timeline} begins")?;
             }
-            (None, Some(because)) => write!(f, "by PostgreSQL: {because}"),
-            (None, None) => f.write_str("by PostgreSQL"),
+            (None, None) => f.write_str("by PostgreSQL")?,
+        }
+        match &self.because {
+            Some(because) => write!(f, ": {because}"),
+            None => Ok(()),
         }
     }
 }
@@ -155,25 +191,35 @@ pub struct Forward {
     from: Lsn,
     consistent: Lsn,
     mode: ReplayMode,
+    /// How it was asked to go on to the target.
+    to_target: ReplayMode,
     memory: usize,
     line: Lineage,
     /// No checkpoint of a later time is taken.
     by: Option<TimestampTz>,
-    point: Point,
+    end: End,
+    /// Where the plan ends.
+    stop: Lsn,
+    /// Why it does not go on to the target, where that was thought of.
+    because: Option<String>,
 }
 
-/// Chooses how to come to a plan's target. `memory` bounds what native replay keeps, in bytes.
+/// Chooses how to come to a plan's target. `finish` says whether native replay goes on to the target itself: as far as
+/// that is possible, or else not at all, or not. `memory` bounds what it keeps, in bytes.
 pub async fn choose_replay(
     archive: &Archive,
     layout: &Layout,
     catalog: &Catalog,
     plan: &Plan,
     mode: ReplayMode,
+    finish: ReplayMode,
     memory: usize,
 ) -> Result<Replay, SearchError> {
     if mode == ReplayMode::Server {
         return Ok(Replay::Server(None));
     }
+    // What is to end natively is not handed over.
+    let mode = if finish == ReplayMode::Native { finish } else { mode };
     let server = |reason: &str| Ok(Replay::Server(Some(reason.to_owned())));
     if plan.major != PgMajor::V15 {
         return server(&format!("native replay knows PostgreSQL 15, this is {}", plan.major));
@@ -191,6 +237,21 @@ pub async fn choose_replay(
         usable_end: step.usable_end,
         start: step.start(),
     });
+    let (target, because) = match finish {
+        ReplayMode::Server => (None, None),
+        ReplayMode::Auto | ReplayMode::Native => match Finish::of(catalog, plan) {
+            Ok(target) => (Some(target), None),
+            Err(because) if finish == ReplayMode::Native => return server(&because),
+            Err(because) => (None, Some(because)),
+        },
+    };
+    let nowhere = Point {
+        checkpoint: Lsn::ZERO,
+        redo: Lsn::ZERO,
+        timeline: plan.timeline,
+        before: plan.timeline,
+        time: plan.backup_stopped,
+    };
     let forward = Forward {
         indexes,
         segments: Arc::new(segments.collect()),
@@ -198,19 +259,19 @@ pub async fn choose_replay(
         from: plan.start_lsn,
         consistent: plan.consistent_lsn,
         mode,
+        to_target: finish,
         memory,
         line: plan.lineage.clone(),
         by: None,
-        point: Point {
-            checkpoint: Lsn::ZERO,
-            redo: Lsn::ZERO,
-            timeline: plan.timeline,
-            before: plan.timeline,
-            time: plan.backup_stopped,
-        },
+        end: target.map_or(End::HandOver(nowhere), End::Target),
+        stop: plan.stop.lsn,
+        because,
     };
-    match forward.newest(plan.stop.lsn, Lsn::MAX).await? {
-        Some(point) => Ok(Replay::Native(Box::new(Forward { point, ..forward }))),
+    if forward.finish().is_some() {
+        return Ok(Replay::Native(Box::new(forward)));
+    }
+    match forward.newest(forward.stop, Lsn::MAX).await? {
+        Some(point) => Ok(Replay::Native(Box::new(Forward { end: End::HandOver(point), ..forward }))),
         None => server(NO_CHECKPOINT),
     }
 }
@@ -239,22 +300,41 @@ async fn merged_checkpoints(
 }
 
 impl Forward {
-    /// Where PostgreSQL goes on.
-    pub const fn point(&self) -> Point {
-        self.point
+    /// Where PostgreSQL goes on, if it does.
+    pub const fn hand_over(&self) -> Option<Point> {
+        match &self.end {
+            End::HandOver(point) => Some(*point),
+            End::Target(_) => None,
+        }
+    }
+
+    /// The target, if replay ends there without PostgreSQL.
+    pub const fn finish(&self) -> Option<&Finish> {
+        match &self.end {
+            End::HandOver(_) => None,
+            End::Target(finish) => Some(finish),
+        }
     }
 
     /// The same up to the newest checkpoint that was not made later than this.
     pub async fn made_by(self, time: TimestampTz) -> Result<Replay, SearchError> {
-        let Point { checkpoint, redo, time: found, .. } = self.point;
+        let (end, redo) = match &self.end {
+            End::HandOver(point) if point.time <= time => {
+                return Ok(Replay::Native(Box::new(Self { by: Some(time), ..self })));
+            }
+            End::HandOver(point) => (point.checkpoint, point.redo),
+            End::Target(_) => (self.stop, Lsn::MAX),
+        };
         let forward = Self { by: Some(time), ..self };
-        if found <= time {
-            return Ok(Replay::Native(Box::new(forward)));
-        }
-        Ok(match forward.newest(checkpoint, redo).await? {
-            Some(point) => Replay::Native(Box::new(Self { point, ..forward })),
+        Ok(match forward.newest(end, redo).await? {
+            Some(point) => Replay::Native(Box::new(Self { end: End::HandOver(point), ..forward })),
             None => Replay::Server(Some(NO_CHECKPOINT.to_owned())),
         })
+    }
+
+    /// Whether nothing but that will do.
+    pub const fn is_required(&self) -> bool {
+        matches!(self.mode, ReplayMode::Native)
     }
 
     /// How native replay was asked for.
@@ -285,7 +365,7 @@ impl Forward {
         // Of a segment that is not read whole nobody knows how much of it is images.
         let is_whole = |segment: &&LogSegment| {
             let end = segment.start.saturating_add(size);
-            segment.start >= self.from && end <= segment.usable_end.min(self.point.redo)
+            segment.start >= self.from && end <= segment.usable_end.min(self.end.until())
         };
         let images = self.segments.iter().filter(is_whole).map(|segment| segment.entry.info.image_bytes);
         let images = images.fold(0, u64::saturating_add).min(wal);
@@ -305,7 +385,7 @@ impl Forward {
 
     /// Bytes of log that are read.
     pub fn wal_bytes(&self) -> u64 {
-        self.point.redo.get().saturating_sub(self.from.get())
+        self.end.until().get().saturating_sub(self.from.get())
     }
 
     /// The newest checkpoint whose record ends by `end` and whose redo point is not behind `redo`.
@@ -355,21 +435,30 @@ impl Forward {
         let selection = selection.cloned().map(Arc::new);
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
-            let wanted = Wanted { from: self.from, until: self.point.redo };
+            let wanted = Wanted { from: self.from, until: self.end.until() };
             let keeper = Keeper::new(Spill::new(scratch)?, self.budget(threads), selection.clone());
             let scanned = scan::scan(&self.indexes, &self.segments, wanted, keeper, threads, progress);
             match scanned.await {
                 Ok(log) => {
-                    let checkpoint_bytes = self.checkpoint_bytes().await?;
+                    let at = match &self.end {
+                        End::HandOver(point) => point.checkpoint,
+                        End::Target(finish) => finish.base,
+                    };
+                    let checkpoint = self.checkpoint_bytes(at).await?;
+                    let segment = match (&self.end, log.last_record) {
+                        (End::Target(_), Some((_, end))) => self.segment_before(end)?,
+                        _ => None,
+                    };
                     let scan_seconds = started.elapsed().as_secs_f64();
-                    return Ok(Ok(Ready { log, point: self.point, checkpoint_bytes, scan_seconds }));
+                    return Ok(Ok(Ready { log, end: self.end.clone(), checkpoint, segment, scan_seconds }));
                 }
-                Err(ForwardError::Unknown(unknown)) if self.mode == ReplayMode::Native => break unknown,
+                Err(ForwardError::Unknown(unknown)) if !self.may_end_earlier() => break unknown,
                 Err(ForwardError::Unknown(unknown)) => {
-                    match self.newest(self.point.checkpoint, unknown.at).await? {
+                    let end = self.hand_over().map_or(self.stop, |point| point.checkpoint);
+                    match self.newest(end, unknown.at).await? {
                         Some(point) => {
                             progress.message(&format!("{unknown}: it ends earlier, at {}", point.redo));
-                            self.point = point;
+                            self.end = End::HandOver(point);
                         }
                         None => break unknown,
                     }
@@ -380,8 +469,30 @@ impl Forward {
         Ok(Err(unknown))
     }
 
-    async fn checkpoint_bytes(&self) -> Result<[u8; Checkpoint::BYTES], ForwardError> {
-        let at = self.point.checkpoint;
+    /// Whether the end may be moved to an earlier checkpoint: once, where native replay alone was asked for, but not that it
+    /// goes to the target.
+    const fn may_end_earlier(&self) -> bool {
+        match &self.end {
+            End::HandOver(_) => !matches!(self.mode, ReplayMode::Native),
+            End::Target(_) => !matches!(self.to_target, ReplayMode::Native),
+        }
+    }
+
+    /// The segment that holds the log right before a place inside it.
+    fn segment_before(&self, at: Lsn) -> Result<Option<SegmentEntry>, ForwardError> {
+        let Some(segment) = self.segments.iter().rev().find(|segment| segment.start < at) else {
+            return Ok(None);
+        };
+        if segment.entry.info.size.floor(at) == at {
+            return Ok(None);
+        }
+        match at <= segment.usable_end {
+            true => Ok(Some(segment.entry.clone())),
+            false => Err(ForwardError::Short { at }),
+        }
+    }
+
+    async fn checkpoint_bytes(&self, at: Lsn) -> Result<[u8; Checkpoint::BYTES], ForwardError> {
         let from = self.segments.iter().position(|s| s.start <= at && at < s.usable_end).unwrap_or(0);
         let entries: Vec<_> = self.segments.iter().skip(from).map(|s| &s.entry).collect();
         let look = move |record: &Record<'_>| {

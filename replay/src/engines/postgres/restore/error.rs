@@ -3,7 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use waltide_format::{BackupId, Corrupt};
+use waltide_format::engines::postgres::cluster::HistoryError;
+use waltide_format::{BackupId, Corrupt, WalFileName};
 use waltide_storage::StorageError;
 
 use super::super::fetch::FetchError;
@@ -50,19 +51,30 @@ pub enum RestoreError {
     /// A segment that recovery needs could not be put ready.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+    /// A timeline's history cannot be read.
+    #[error("{name} is no timeline history\nhint: run `waltide verify`")]
+    History {
+        /// The file.
+        name: WalFileName,
+        /// What is wrong.
+        source: HistoryError,
+    },
+    /// No timeline's number is left.
+    #[error("the archive has a history of the highest timeline there can be")]
+    NoTimeline,
     /// Native replay was asked for, and the log has what it does not know.
-    #[error("{0}\nhint: restore with --replay auto or --replay server")]
+    #[error("{0}\nhint: restore with --replay auto or --replay server, without --finish native")]
     Unknown(#[from] Unknown),
     /// Native replay was asked for, and the cluster's large relations are cut into files of another size.
     #[error(
-        "relseg_size is {found} blocks, and native replay knows multiples of {PART_BLOCKS}\nhint: restore with --replay auto or --replay server"
+        "relseg_size is {found} blocks, and native replay knows multiples of {PART_BLOCKS}\nhint: restore with --replay auto or --replay server, without --finish native"
     )]
     FileBlocks {
         /// Blocks in a file.
         found: u32,
     },
     /// Native replay failed.
-    #[error("native replay failed\nhint: restore with --replay server")]
+    #[error("native replay failed\nhint: restore with --replay server, without --finish native")]
     Forward(#[from] ForwardError),
     /// Files can be brought forward natively alone.
     #[error("the files can be brought forward natively only, and PostgreSQL was to replay the log")]
@@ -83,7 +95,9 @@ impl RestoreError {
     /// Whether the archive is at fault.
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Damaged { .. } | Self::Foreign { .. } | Self::Incomplete { .. } => true,
+            Self::Damaged { .. } | Self::Foreign { .. } | Self::Incomplete { .. } | Self::History { .. } => {
+                true
+            }
             Self::Storage(e) => e.is_not_found() || matches!(e, StorageError::OutOfRange { .. }),
             Self::Fetch(e) => matches!(
                 e,
@@ -97,6 +111,7 @@ impl RestoreError {
             | Self::Unknown(_)
             | Self::FileBlocks { .. }
             | Self::NotNative
+            | Self::NoTimeline
             | Self::Io { .. } => false,
         }
     }

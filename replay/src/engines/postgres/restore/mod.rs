@@ -2,6 +2,7 @@
 //! starts on what an interrupted restore left.
 
 mod backup_files;
+mod begin;
 mod conf;
 mod error;
 mod pieces;
@@ -25,7 +26,7 @@ use waltide_storage::{Archive, ArchiveUrl, Progress};
 
 use super::fetch::{FetchRequest, Fetcher};
 use super::forward::{
-    ForwardError, PART_BLOCKS, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed,
+    ForwardError, Over, PART_BLOCKS, Place as ForwardPlace, Ready, Replay, ReplayMode, ReplayPlan, Replayed,
 };
 use super::queue::{Filled, ReadAhead};
 use super::selection::Selection;
@@ -111,8 +112,8 @@ pub struct Actions {
     pub bytes: u64,
     /// The server's settings, as they stand in postgresql.auto.conf.
     pub settings: Vec<(String, String)>,
-    /// `recovery.signal` or `standby.signal`.
-    pub signal: &'static str,
+    /// `recovery.signal` or `standby.signal`; none where no recovery is left.
+    pub signal: Option<&'static str>,
     /// How the log will be replayed.
     pub replay: ReplayPlan,
     /// Whose the files will be, where not ours.
@@ -133,7 +134,9 @@ impl fmt::Display for Actions {
                 if Path::new(&t.from) == t.to { String::new() } else { format!(", which lay at {}", t.from) };
             writeln!(f, "write     {} (tablespace {}{moved})", t.to.display(), t.oid)?;
         }
-        writeln!(f, "write     {}", self.data_dir.join(self.signal).display())?;
+        if let Some(signal) = self.signal {
+            writeln!(f, "write     {}", self.data_dir.join(signal).display())?;
+        }
         writeln!(f, "write     {}:", self.data_dir.join("postgresql.auto.conf").display())?;
         for (name, value) in &self.settings {
             writeln!(f, "            {name} = {}", conf::quoted(value))?;
@@ -214,8 +217,8 @@ pub struct Restore {
 struct Written {
     total: u64,
     read_bytes: u64,
-    /// What native replay did, and the pg_control that it leaves.
-    over: Option<(Replayed, Vec<u8>)>,
+    /// What native replay left.
+    over: Option<Over>,
     /// The backup's pg_control.
     control: Vec<u8>,
 }
@@ -289,7 +292,7 @@ impl Restore {
     /// replace it.
     pub async fn carry_out(&self, progress: &Arc<dyn Progress>) -> Result<Restored, RestoreError> {
         let started = Instant::now();
-        let place = write::Place::new(&self.options.data_dir, &self.actions);
+        let place = write::Place::new(&self.options.data_dir, self.plan.major, &self.actions);
         let Written { total, read_bytes, over, control } = self.write_cluster(&place, progress).await?;
         let last = self.plan.segments.iter().filter(|s| s.partial);
         for segment in last {
@@ -307,18 +310,24 @@ impl Restore {
         if let Some(selection) = &self.options.selection {
             blocking(|| place.close_databases(selection))?;
         }
-        let (replayed, handed_over) = over.unzip();
-        let queued = match &replayed {
-            Some(replayed) => self.fill_queue(&place, replayed, progress).await?,
+        let queued = match &over {
+            Some(Over { begun: Some(begun), .. }) => {
+                self.begin_timeline(&place, begun).await?;
+                0
+            }
+            Some(Over { replayed, .. }) => self.fill_queue(&place, replayed, progress).await?,
             None => 0,
         };
-        blocking(|| self.write_settings(&place, replayed.as_ref()))?;
+        blocking(|| self.write_settings(&place, over.as_ref().map(|over| &over.replayed)))?;
         progress.phase("sync", None);
-        let files = match &replayed {
+        let files = match &over {
             Some(_) => write::Synced::Everything,
             None => write::Synced::Backup(&self.manifest),
         };
-        let control = handed_over.unwrap_or(control);
+        let (replayed, control) = match over {
+            Some(over) => (Some(over.replayed), over.control),
+            None => (None, control),
+        };
         let written_bytes = total.saturating_add(control.len() as u64);
         blocking(|| place.finish(files, CONTROL_FILE, &control, self.control_mode()))?;
         Ok(Restored {
@@ -382,7 +391,9 @@ impl Restore {
         let (total, read_bytes, over) = loop {
             let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
             let (total, read_bytes) = self.write_files(place, pieces.clone(), superseding, progress).await?;
-            let Some(forward) = &ready else { break (total, read_bytes, None) };
+            let Some(forward) = &mut ready else { break (total, read_bytes, None) };
+            self.choose_timeline(forward).await?;
+            let forward = &*forward;
             match blocking(|| self.replay(place, forward, &control, progress.as_ref())) {
                 Ok(over) => break (total, read_bytes, Some(over)),
                 Err(e) if self.is_native_only() => return Err(e.into()),
@@ -402,9 +413,9 @@ impl Restore {
     /// Writes the backup's files and brings them forward natively, and nothing that a restore adds: no settings, no label,
     /// no signal. pg_control is the new one. Nothing is synced.
     pub async fn bring_forward(&self, progress: &Arc<dyn Progress>) -> Result<BroughtForward, RestoreError> {
-        let place = write::Place::new(&self.options.data_dir, &self.actions);
+        let place = write::Place::new(&self.options.data_dir, self.plan.major, &self.actions);
         let written = self.write_cluster(&place, progress).await?;
-        let (replayed, control) = written.over.ok_or(RestoreError::NotNative)?;
+        let Over { replayed, control, .. } = written.over.ok_or(RestoreError::NotNative)?;
         let backup_label = replayed.backup_label(self.manifest.segment_size);
         blocking(|| {
             place.put(CONTROL_FILE, &control, self.control_mode())?;
@@ -415,6 +426,12 @@ impl Restore {
 
     fn control_mode(&self) -> u32 {
         self.manifest.files.iter().find(|f| f.path == CONTROL_FILE).map_or(0o600, |f| f.mode & 0o777)
+    }
+
+    /// Permission bits of new files, as a server of the cluster gives them.
+    fn file_mode(&self) -> u32 {
+        let group = self.manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
+        if group { 0o640 } else { 0o600 }
     }
 
     fn is_native_only(&self) -> bool {
@@ -491,14 +508,13 @@ impl Restore {
         ready: &Ready,
         control: &[u8],
         progress: &dyn Progress,
-    ) -> Result<(Replayed, Vec<u8>), ForwardError> {
-        let group = self.manifest.directories.iter().any(|d| d.mode & 0o050 == 0o050);
+    ) -> Result<Over, ForwardError> {
         let tablespaces = self.actions.tablespaces.iter().map(|t| (t.oid, t.to.clone())).collect();
         let forward_place = ForwardPlace {
             data_dir: &self.options.data_dir,
             tablespaces: &tablespaces,
             control,
-            mode: if group { 0o640 } else { 0o600 },
+            mode: self.file_mode(),
             threads: self.options.threads,
             durable: !self.options.files_only,
         };
@@ -647,15 +663,17 @@ impl Restore {
         };
         let text = conf::auto_conf(&old, self.options.standby, &self.actions.settings);
         place.put("postgresql.auto.conf", text.as_bytes(), 0o600)?;
+        for stale in STALE {
+            place.remove(stale)?;
+        }
         let label = match replayed {
+            // It starts as after a shutdown.
+            Some(replayed) if replayed.finished => return place.remove("backup_label"),
             Some(replayed) => replayed.backup_label(self.manifest.segment_size),
             None => self.manifest.backup_label.clone(),
         };
         place.put("backup_label", label.as_bytes(), 0o600)?;
-        for stale in STALE {
-            place.remove(stale)?;
-        }
-        place.put(self.actions.signal, b"", 0o600)
+        place.put(signal(&self.options), b"", 0o600)
     }
 }
 
@@ -717,6 +735,11 @@ async fn read_maps(
 pub(super) fn marker_text(manifest: &Manifest, tablespaces: &[Placed]) -> String {
     let places = tablespaces.iter().map(|t| format!("{} {}\n", t.oid, t.to.display()));
     std::iter::once(format!("{}\n", manifest.id)).chain(places).collect()
+}
+
+/// What makes the server recover.
+const fn signal(options: &RestoreOptions) -> &'static str {
+    if options.standby { "standby.signal" } else { "recovery.signal" }
 }
 
 /// Checks the place and says what will happen to it.
@@ -842,7 +865,10 @@ fn actions(
         bytes: needed(options, &|_| true),
         settings,
         replay: ReplayPlan::from(&options.replay),
-        signal: if options.standby { "standby.signal" } else { "recovery.signal" },
+        signal: match &options.replay {
+            Replay::Native(forward) if forward.finish().is_some() => None,
+            _ => Some(signal(options)),
+        },
         owner,
         notes,
     })

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use waltide_format::archive::{Manifest, ManifestFile};
-use waltide_format::{Corrupt, Oid};
+use waltide_format::{Corrupt, Oid, PgMajor};
 use waltide_storage::Progress;
 
 use super::super::file_system::is_local;
@@ -42,6 +42,8 @@ pub(super) struct Place(Arc<Inner>);
 struct Inner {
     data_dir: PathBuf,
     tablespaces: Vec<PathBuf>,
+    /// What our directories in them begin with.
+    version: String,
     owner: Option<Owner>,
     /// A directory of each file system, by its device, open since before anything was written there.
     file_systems: Mutex<BTreeMap<u64, File>>,
@@ -60,12 +62,13 @@ pub(super) fn frame(stored: &[u8], job: &Job, piece: &Piece) -> Result<Vec<u8>, 
 }
 
 impl Place {
-    pub(super) fn new(data_dir: &Path, actions: &Actions) -> Self {
+    pub(super) fn new(data_dir: &Path, major: PgMajor, actions: &Actions) -> Self {
         let tablespaces = actions.tablespaces.iter().map(|t| t.to.clone()).collect();
         let file_systems = Mutex::default();
         Self(Arc::new(Inner {
             data_dir: data_dir.to_owned(),
             tablespaces,
+            version: format!("PG_{major}_"),
             owner: actions.owner,
             file_systems,
         }))
@@ -286,7 +289,7 @@ impl Place {
         found.extend(place::contents(&wal)?);
         for t in tablespaces {
             let versions = place::contents(&t.to)?;
-            let is_ours = |name: &str| name.starts_with("PG_");
+            let is_ours = |name: &str| name.starts_with(&self.0.version);
             found.extend(
                 versions
                     .into_iter()
@@ -302,9 +305,18 @@ impl Place {
     /// Every directory and file of the data directory and its tablespaces.
     fn everything(&self) -> Result<Vec<PathBuf>, RestoreError> {
         let mut left = vec![self.0.data_dir.clone()];
-        left.extend(self.0.tablespaces.iter().cloned());
+        for space in &self.0.tablespaces {
+            // Other versions' directories may lie beside ours.
+            let versions = place::contents(space)?.into_iter().map(|found| found.path);
+            let is_ours = |name: &str| name.starts_with(&self.0.version);
+            left.extend(
+                versions.filter(|path| path.file_name().and_then(|n| n.to_str()).is_some_and(is_ours)),
+            );
+        }
         left.extend(Some(self.path("pg_wal")).filter(|wal| wal.is_symlink()));
-        Self::below(left)
+        let mut found = Self::below(left)?;
+        found.extend(self.0.tablespaces.iter().cloned());
+        Ok(found)
     }
 
     /// Directories, and every directory and file below them.
