@@ -344,8 +344,8 @@ fn everything_besides_pages_is_as_postgresqls_recovery_leaves_it() {
     let churning = cluster.pgbench_background(&["-T", "120", "-f", &churn]);
     // Slow enough that much changes while it is read.
     let first = Base::take(&cluster, "first", &["-r", "12M"]);
-    ordinary.interrupt();
-    churning.interrupt();
+    ordinary.terminate();
+    churning.terminate();
     for name in cluster.query("select gid from pg_prepared_xacts where gid <> 'locker'").lines() {
         cluster.query(&format!("rollback prepared '{name}'"));
     }
