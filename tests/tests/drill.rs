@@ -445,6 +445,15 @@ fn a_drill_replays_natively_where_that_is_asked_for() {
     assert_passed(drill);
     assert!(drill["checks"].to_string().contains("but for pages that replay makes anew"), "{drill:#}");
     assert!(drill["notes"].to_string().contains("records were replayed natively to"), "{drill:#}");
+    let check = format!("select count(*) = {} from journal", steps[3].id);
+    let target = steps[3].xid.to_string();
+    let answer = site.drill(0, &["--finish", "native", "--target-xid", &target, "--check", &check]);
+    let drill = &answer["drills"][0];
+    assert_passed(drill);
+    assert!(drill["notes"].to_string().contains("the server had nothing to recover"), "{drill:#}");
+    let answer = site.drill(0, &["--finish", "auto", "--target-xid", &target, "--check", &check]);
+    let notes = answer["drills"][0]["notes"].to_string();
+    assert!(notes.contains("the server had nothing to recover"), "{answer:#}");
     // Between the backup and the first step no checkpoint need have ended.
     let lsn = site.waltide.json(["list"])[0]["stop_lsn"].as_str().unwrap().to_owned();
     let answer = site.drill(0, &["--replay", "auto", "--target-lsn", &lsn]);

@@ -58,6 +58,10 @@ pub(crate) struct Args {
     /// How the WAL is replayed: by PostgreSQL alone, native as far as possible, or native or not at all
     #[arg(long, value_name = "auto|native|server", default_value = "server")]
     replay: ReplayMode,
+    /// Who goes on to the target: PostgreSQL, or native replay itself where that is possible (auto) or else not at all. What is
+    /// not `server` replays natively, whatever --replay says
+    #[arg(long, value_name = "auto|native|server", default_value = "server")]
+    finish: ReplayMode,
     /// So much of the WAL native replay keeps in memory; the rest goes to a file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
     memory: u64,
@@ -131,6 +135,7 @@ async fn drills(args: Args, context: &Context) -> Result<(), Failure> {
         request.statement_timeout = Duration::from_secs(args.statement_timeout.into());
         request.threads = context.threads;
         request.replay = args.replay;
+        request.finish = args.finish;
         request.memory = usize::try_from(args.memory).unwrap_or(usize::MAX);
         request.seed = seed;
         request.began = done.is_empty().then_some(began);

@@ -62,6 +62,8 @@ pub struct DrillRequest {
     pub threads: usize,
     /// How the WAL is replayed.
     pub replay: ReplayMode,
+    /// Whether native replay goes on to the target; where it does, the WAL is replayed natively.
+    pub finish: ReplayMode,
     /// So many bytes of WAL native replay keeps in memory.
     pub memory: usize,
     /// The command that brings WAL, with `%f` and `%p`.
@@ -89,6 +91,7 @@ impl DrillRequest {
             statement_timeout: Duration::from_secs(3600),
             threads: 1,
             replay: ReplayMode::Server,
+            finish: ReplayMode::Server,
             memory: 1 << 30,
             restore_command,
             seed: None,
@@ -110,7 +113,7 @@ pub enum DrillError {
     Search(#[from] SearchError),
     /// Native replay was asked for and is not possible.
     #[error(
-        "the WAL cannot be replayed natively: {because}\nhint: drill with --replay auto or --replay server"
+        "the WAL cannot be replayed natively: {because}\nhint: drill with --replay auto or --replay server, without --finish native"
     )]
     Replay {
         /// Why not.
@@ -282,7 +285,12 @@ impl Drill<'_> {
         let detail = format!("{} files, {} bytes{but}", plan.base_files, plan.base_bytes);
         self.checks.hold("every checksum of the base backup", true, detail, DrillVerdict::ArchiveAtFault);
         if let Some(replayed) = replayed {
-            let Replayed { redo, records, pages, .. } = replayed;
+            let Replayed { redo, records, pages, finished, .. } = replayed;
+            if finished {
+                self.record
+                    .notes
+                    .push("replay went to the target: the server had nothing to recover".to_owned());
+            }
             self.record.native_bytes = redo.bytes_since(plan.start_lsn);
             self.record.notes.push(format!("{records} records were replayed natively to {redo}, {pages} pages written; its time is part of restore's"));
         }
@@ -380,12 +388,14 @@ impl Drill<'_> {
         redirected: &Redirected,
     ) -> Result<Option<Replayed>, DrillError> {
         let DrillSource { archive, catalog, .. } = self.source;
-        let (mode, memory) = (self.request.replay, self.request.memory);
+        let DrillRequest { replay: mode, finish, memory, .. } = *self.request;
+        let mode = match (mode, finish) {
+            (_, ReplayMode::Native) => ReplayMode::Native,
+            (ReplayMode::Server, ReplayMode::Auto) => ReplayMode::Auto,
+            (mode, _) => mode,
+        };
         let replay = match redirected.segments.is_empty() {
-            true => {
-                let (layout, finish) = (self.source.layout, ReplayMode::Server);
-                choose_replay(archive, layout, catalog, plan, mode, finish, memory).await?
-            }
+            true => choose_replay(archive, self.source.layout, catalog, plan, mode, finish, memory).await?,
             // Native replay reads the segments as they are archived.
             false => Replay::Server(Some("the WAL makes a tablespace outside the scratch place".to_owned())),
         };

@@ -77,13 +77,16 @@ pub(super) struct Reached {
     pub(super) detail: String,
 }
 
-/// Asks a server whether its replay ended where the plan said.
+/// Asks a server whether its replay ended where the plan said; of one that had nothing to replay, whether its timeline
+/// begins there.
 pub(super) async fn reached(
     client: &Client,
     plan: &Plan,
     size: SegmentSize,
 ) -> Result<Reached, tokio_postgres::Error> {
-    let row = client.query_one("select pg_last_wal_replay_lsn()::text", &[]).await?;
+    let sql =
+        "select coalesce(pg_last_wal_replay_lsn(), (select redo_lsn from pg_control_checkpoint()))::text";
+    let row = client.query_one(sql, &[]).await?;
     let at: Option<Lsn> = row.get::<_, Option<String>>(0).and_then(|text| text.parse().ok());
     let (holds, detail) = match at {
         Some(lsn) => {
