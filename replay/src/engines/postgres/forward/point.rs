@@ -454,8 +454,13 @@ impl Forward {
                 }
                 Err(ForwardError::Unknown(unknown)) if !self.may_end_earlier() => break unknown,
                 Err(ForwardError::Unknown(unknown)) => {
-                    let end = self.hand_over().map_or(self.stop, |point| point.checkpoint);
-                    match self.newest(end, unknown.at).await? {
+                    let (end, redo) = match (&self.end, self.mode) {
+                        (End::HandOver(point), _) => (point.checkpoint, unknown.at),
+                        // Where replay would have ended at first: what is unknown before that is an error.
+                        (End::Target(_), ReplayMode::Native) => (self.stop, Lsn::MAX),
+                        (End::Target(_), _) => (self.stop, unknown.at),
+                    };
+                    match self.newest(end, redo).await? {
                         Some(point) => {
                             progress.message(&format!("{unknown}: it ends earlier, at {}", point.redo));
                             self.end = End::HandOver(point);
@@ -469,8 +474,8 @@ impl Forward {
         Ok(Err(unknown))
     }
 
-    /// Whether the end may be moved to an earlier checkpoint: once, where native replay alone was asked for, but not that it
-    /// goes to the target.
+    /// Whether the end may be moved to a checkpoint: to the newest alone, where replay has to be native, but need not go to the
+    /// target.
     const fn may_end_earlier(&self) -> bool {
         match &self.end {
             End::HandOver(_) => !matches!(self.mode, ReplayMode::Native),
