@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::source::PushSource;
+use super::state::SegmentState;
 use crate::error::Corrupt;
 use crate::ids::{BlockNumber, ForkNumber, Lsn, Oid, PgMajor, RelFileLocator, SystemId, TimelineId, Xid};
 use crate::reader::{Reader, Writer};
@@ -35,6 +36,8 @@ pub struct SegmentIndex {
     pub rmgrs: Vec<RmgrCount>,
     /// What `--force-admit` let through.
     pub faults: Vec<AdmittedFault>,
+    /// What its records do besides changing pages, where that was noted.
+    pub state: Option<SegmentState>,
     /// Who pushed it, where that was noted.
     pub pushed_by: Option<PushSource>,
 }
@@ -376,10 +379,12 @@ pub(super) mod section {
     pub(in crate::archive) const RMGRS: u16 = 9;
     pub(in crate::archive) const FAULTS: u16 = 10;
     pub(super) const SOURCE: u16 = 16;
+    pub(super) const STATE: u16 = 17;
     /// In the order they are written: what a catalogue needs comes last, so that one short read of an
     /// object's end holds it.
-    pub(super) const WRITTEN: [u16; 11] = [
+    pub(super) const WRITTEN: [u16; 12] = [
         BLOCKS,
+        STATE,
         XACTS,
         FILE_EVENTS,
         RUNNING_XACTS,
@@ -395,7 +400,7 @@ pub(super) mod section {
 }
 
 /// Every section that is written: its name on docs/format.md, its number, its version.
-pub const SECTIONS: [(&str, u16, u16); 11] = [
+pub const SECTIONS: [(&str, u16, u16); 12] = [
     ("info", section::INFO, SECTION_VERSION),
     ("xacts", section::XACTS, SECTION_VERSION),
     ("restore_points", section::RESTORE_POINTS, SECTION_VERSION),
@@ -407,6 +412,7 @@ pub const SECTIONS: [(&str, u16, u16); 11] = [
     ("rmgrs", section::RMGRS, SECTION_VERSION),
     ("faults", section::FAULTS, SECTION_VERSION),
     ("source", section::SOURCE, SECTION_VERSION),
+    ("state", section::STATE, SECTION_VERSION),
 ];
 
 /// The number of the section that [`SegmentInfo`] is.
@@ -430,6 +436,7 @@ impl SegmentIndex {
             blocks: Vec::new(),
             rmgrs: Vec::new(),
             faults: Vec::new(),
+            state: None,
             pushed_by: None,
         }
     }
@@ -469,6 +476,7 @@ impl SegmentIndex {
                 w.u8(c.rmid).varint(c.records).varint(c.record_bytes).varint(c.image_bytes);
             }),
             section::SOURCE => self.pushed_by.iter().for_each(|source| source.encode(w)),
+            section::STATE => self.state.iter().for_each(|state| state.encode(base, w)),
             _ => list(w, &self.faults, |w, f| {
                 put_lsn(w, base, f.at);
                 w.text(&f.message);
@@ -528,6 +536,7 @@ impl SegmentIndex {
                 })?;
             }
             section::SOURCE => self.pushed_by = Some(PushSource::decode(&mut r)?),
+            section::STATE => self.state = Some(SegmentState::decode(&mut r, base)?),
             _ => return Ok(()),
         }
         r.finish("section")

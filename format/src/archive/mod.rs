@@ -17,6 +17,7 @@ mod merged;
 mod packing;
 mod reach;
 mod source;
+mod state;
 mod stored_segment;
 mod stored_wal;
 mod stretch;
@@ -55,6 +56,7 @@ pub use merged::{
 };
 pub use reach::Reach;
 pub use source::PushSource;
+pub use state::{HeadRecord, PageRef, SegmentState, StateRecord};
 pub use stored_segment::{
     PackedSegment, SegmentDirectory, StoredSegment, WalDigest, encode_segment, pack_segment, read_from,
     wal_digest,

@@ -330,6 +330,7 @@ impl StoredSegment {
 #[cfg(test)]
 pub(crate) mod samples {
     use super::super::index::*;
+    use super::super::state::{HeadRecord, SegmentState, StateRecord};
     use crate::*;
     use proptest::prelude::*;
 
@@ -403,6 +404,17 @@ pub(crate) mod samples {
                 let blocks = blocks.into_iter().map(|block| IndexedBlock { block, last_image: (block % 2 == 0).then(|| at(u64::from(block % 999))), records_after: block }).collect();
                 i.blocks.push(ForkBlocks { relation: relation(rel), fork: ForkNumber::Main, blocks });
             }
+            let records = lsns.iter().map(|&l| StateRecord {
+                start: at(l), end: at(l + 40), xid: n.into(), rmid: 6, info: 0x20, origin: (l % 2 == 0).then_some(7),
+                main: name.as_bytes().to_vec(),
+            });
+            let head = HeadRecord {
+                start: Lsn::from(0x2FF_FFF0), xid: n.into(), pages: lsns.iter().map(|_| (relation(n), ForkNumber::Vm, n)).collect(),
+            };
+            i.state = (n % 3 > 0).then(|| SegmentState {
+                newest_xid: n.into(), kinds: vec![(1, 2), (10, n as u8)], page_main_bytes: n, records: records.collect(),
+                head: (n % 3 > 1).then_some(head),
+            });
             i.pushed_by = (n % 2 == 0).then(|| super::super::source::sample(&name));
             i.rmgrs.push(RmgrCount { rmid: 10, records: redo, record_bytes: 1, image_bytes: 2 });
             i

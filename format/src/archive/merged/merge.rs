@@ -126,7 +126,8 @@ impl MergedIndex {
                 .into_iter()
                 .map(|relation| RelationSegments { relation, segments: vec![(0, 1)] })
                 .collect(),
-            all: index,
+            // Of use only to one who has the segment at hand.
+            all: SegmentIndex { state: None, ..index },
             touched: Vec::new(),
             names: names.filter(NamesLog::is_storable),
             is_reduced: false,

@@ -17,6 +17,33 @@ pub fn xact_end(record: &Record<'_>) -> Option<Result<XactEnd, Corrupt>> {
     }
 }
 
+/// `xl_info` and main data of a record that says the same as a transaction's end without an origin; none of a PREPARE, whose
+/// record says more. See [`XactRecord::encode`].
+pub fn record_of(end: &XactEnd) -> Option<(u8, Vec<u8>)> {
+    let kind = match end.kind {
+        CommitKind::Commit => XactKind::Commit,
+        CommitKind::Abort => XactKind::Abort,
+        CommitKind::CommitPrepared => XactKind::CommitPrepared,
+        CommitKind::AbortPrepared => XactKind::AbortPrepared,
+        CommitKind::Prepare => return None,
+    };
+    let xact = XactRecord {
+        kind,
+        xid: end.xid,
+        time: end.time,
+        info: 0,
+        db_oid: None,
+        spc_oid: None,
+        subxacts: end.subxacts.clone(),
+        dropped: end.dropped.clone(),
+        dropped_stats: 0,
+        invalidations: 0,
+        gid: None,
+        origin: None,
+    };
+    Some(xact.encode())
+}
+
 fn ended(record: &Record<'_>, xact: XactRecord) -> XactEnd {
     XactEnd {
         kind: match xact.kind {

@@ -2,6 +2,7 @@
 //! the segment's index out of the same records.
 
 mod index_builder;
+mod state_builder;
 
 use std::fmt;
 

@@ -134,6 +134,8 @@ fn difference(a: &SegmentIndex, b: &SegmentIndex) -> Option<&'static str> {
         ("file_events", a.file_events == b.file_events),
         ("blocks", a.blocks == b.blocks),
         ("rmgrs", a.rmgrs == b.rmgrs),
+        // Earlier builds stored none.
+        ("state", b.state.is_none() || a.state == b.state),
     ];
     parts.into_iter().find(|(_, same)| !same).map(|(name, _)| name)
 }

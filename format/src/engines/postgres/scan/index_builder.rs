@@ -2,6 +2,7 @@
 
 use foldhash::{HashMap, HashMapExt as _};
 
+use super::state_builder::StateBuilder;
 use crate::archive::{
     AdmittedFault, CheckpointInfo, CheckpointKind, FileEvent, ForkBlocks, IndexedBlock, RestorePoint,
     RmgrCount, RunningXacts, SegmentIndex, SegmentInfo, TimelineEnd, XactEnd,
@@ -51,6 +52,7 @@ pub(super) struct IndexBuilder {
     timeline_ends: Vec<TimelineEnd>,
     running_xacts: Vec<RunningXacts>,
     file_events: Vec<FileEvent>,
+    state: StateBuilder,
     not_understood: Vec<AdmittedFault>,
 }
 
@@ -70,6 +72,7 @@ impl IndexBuilder {
             timeline_ends: Vec::new(),
             running_xacts: Vec::new(),
             file_events: Vec::new(),
+            state: StateBuilder::default(),
             not_understood: Vec::new(),
         }
     }
@@ -100,6 +103,7 @@ impl IndexBuilder {
                 counts.image_bytes = counts.image_bytes.saturating_add(u64::from(image_bytes));
             }
         }
+        self.state.add(record, record.start < self.span.start());
         for block in record.blocks() {
             self.touch(record.start, block.relation, block.fork, block.block, block.makes_page_anew());
         }
@@ -240,6 +244,7 @@ impl IndexBuilder {
         index.timeline_ends = self.timeline_ends;
         index.running_xacts = self.running_xacts;
         index.file_events = self.file_events;
+        index.state = self.state.finish();
         index.faults = self.not_understood;
         let counted = (0u8..=255).zip(self.counts).filter(|(_, c)| c.records > 0);
         index.rmgrs = counted

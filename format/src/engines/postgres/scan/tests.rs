@@ -162,6 +162,74 @@ fn a_record_over_the_edge_is_pending_until_a_neighbour_joins_it() {
     }
 }
 
+/// A transaction's end that says where it came from.
+fn replicated(builder: &mut WalBuilder, xid: u32) -> Lsn {
+    let mut main = Writer::new();
+    main.i64(100).u32(1 << 5).u64(0x99).i64(80);
+    builder.push(1, 0x80, xid, &[], main.as_bytes())
+}
+
+#[test]
+fn what_is_no_page_is_listed_where_no_other_list_tells_it() {
+    let mut b = WalBuilder::new(PgMajor::V15, small_segments());
+    commit(&mut b, 740, 100);
+    let replicated = replicated(&mut b, 741);
+    b.push(1, 0x50, 742, &[], &[0; 8]);
+    let oid = b.push(0, 0x30, 0, &[], &30_000u32.to_le_bytes());
+    b.push(8, 0x10, 0, &[], &[0; 24]);
+    b.message(4000);
+    let heap = |block| TestBlock::data(0, ForkNumber::Main, block, b"tuple");
+    b.push(10, 0x00, 743, &[heap(40_000)], &[1, 0, 0]);
+    b.push(10, 0x80, 743, &[TestBlock { will_init: true, ..heap(8) }], &[7; 99]);
+    b.push(10, 0x00, 743, &[heap(9)], &[1, 0, 0]);
+    // Over the edge, with the page of the visibility map that it clears without naming it.
+    b.fill_segment(40);
+    let over = b.push(10, 0x00, 750, &[heap(40_001)], &[1, 0, 1]);
+    b.switch();
+    let segments = b.finish_segments();
+    let [(first, first_bytes), (second, second_bytes)] = &segments[..] else { panic!() };
+
+    let scan = scan_segment(first_bytes, &context(*first)).unwrap();
+    let state = scan.index.state.unwrap();
+    assert_eq!(state.kinds, [(1, 0x50), (8, 0x10), (10, 0x00), (10, 0x80), (21, 0x00)]);
+    let listed: Vec<_> = state.records.iter().map(|r| (r.start, r.rmid, r.xid.get(), r.main.len())).collect();
+    assert_eq!(listed, [(replicated, 1, 741, 28), (oid, 0, 0, 4)]);
+    assert_eq!(state.records[1].end, state.records[1].start.saturating_add(32));
+    assert_eq!((state.newest_xid, state.page_main_bytes, state.head), (Xid::from(743), 99, None));
+
+    let alone = scan_segment(second_bytes, &context(*second)).unwrap().index.state.unwrap();
+    let switch = |state: &crate::archive::SegmentState| (state.records.len(), state.records[0].info);
+    assert_eq!((switch(&alone), alone.head, alone.kinds.len()), ((1, 0x40), None, 0));
+    let previous = Some(Previous { name: *first, log: PreviousLog::Bytes(first_bytes) });
+    let joined = scan_segment(second_bytes, &ScanContext { previous, ..context(*second) }).unwrap();
+    let state = joined.index.state.unwrap();
+    let head = state.head.as_ref().unwrap();
+    assert_eq!((head.start, head.xid, state.newest_xid), (over, Xid::from(750), Xid::INVALID));
+    let pages = [(RELATION, ForkNumber::Main, 40_001), (RELATION, ForkNumber::Vm, 1)];
+    assert_eq!((head.pages.as_slice(), switch(&state)), (&pages[..], (1, 0x40)));
+    assert_eq!(state.kinds, [(10, 0x00)]);
+    // Where what follows is at hand it is a record as any other.
+    let next = ScanContext { next: Some(second_bytes), ..context(*first) };
+    assert_eq!(scan_segment(first_bytes, &next).unwrap().index.state.unwrap().newest_xid, Xid::from(750));
+}
+
+#[test]
+fn more_than_an_index_should_hold_is_not_listed() {
+    let mut b = WalBuilder::new(PgMajor::V15, small_segments());
+    for _ in 0..4 {
+        b.push(1, 0x10, 740, &[], &vec![1; 64 << 10]);
+    }
+    let all = b.finish_segments().remove(0);
+    b.push(0, 0x30, 0, &[], &30_000u32.to_le_bytes());
+    let more = b.finish_segments().remove(0);
+    let state = |(name, bytes): &(SegmentName, Vec<u8>)| {
+        let partial = ScanContext { mode: ScanMode::Partial, ..context(*name) };
+        scan_segment(bytes, &partial).unwrap().index.state
+    };
+    assert_eq!(state(&all).unwrap().records.len(), 4);
+    assert_eq!(state(&more), None);
+}
+
 #[test]
 fn a_segment_that_does_not_go_on_with_the_one_before_is_refused() {
     let (_, segments) = full_segment();

@@ -217,6 +217,19 @@ impl<'a> Record<'a> {
         Self { start, end, major, header, bytes, blocks, parsed }
     }
 
+    /// A record that refers to no blocks, out of what was put down of it. Its bytes are the main data.
+    pub fn without_blocks(
+        header: RecordHeader,
+        (start, end): (Lsn, Lsn),
+        major: PgMajor,
+        origin: Option<u16>,
+        main: &'a [u8],
+    ) -> Self {
+        let span = Span { from: 0, bytes: u32::try_from(main.len()).unwrap_or(u32::MAX) };
+        let parsed = Parsed { main: span, origin, toplevel_xid: None };
+        Self::assemble(start, end, major, header, main, &[], parsed)
+    }
+
     /// Reads everything behind the header, which must fill the record exactly.
     pub(super) fn parse(bytes: &[u8], major: PgMajor, blocks: &mut Vec<BlockRef>) -> Result<Parsed, Corrupt> {
         let mut layout = Layout::read(bytes, bytes.len(), major, blocks)?;

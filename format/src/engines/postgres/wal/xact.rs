@@ -6,7 +6,7 @@ use crate::engines::postgres::wal::rmgr::Rmgr;
 use crate::engines::postgres::wal::xlog::{read_i32, read_time};
 use crate::error::Corrupt;
 use crate::ids::{Lsn, Oid, PgMajor, RelFileLocator, Xid};
-use crate::reader::Reader;
+use crate::reader::{Reader, Writer};
 use crate::time::TimestampTz;
 
 const OPMASK: u8 = 0x70;
@@ -16,6 +16,8 @@ const ABORT: u8 = 0x20;
 const COMMIT_PREPARED: u8 = 0x30;
 const ABORT_PREPARED: u8 = 0x40;
 const ASSIGNMENT: u8 = 0x50;
+/// From 14.
+const INVALIDATIONS: u8 = 0x60;
 const HAS_INFO: u8 = 0x80;
 
 const XINFO_HAS_DBINFO: u32 = 1;
@@ -264,6 +266,62 @@ impl XactRecord {
         }
         Ok(out)
     }
+
+    /// Whether a record is a commit or abort that has no replication origin; cheaper than to decode it.
+    pub fn is_without_origin(record: &Record<'_>) -> bool {
+        let is_end = record.rmgr() == Rmgr::XACT
+            && matches!(record.kind() & OPMASK, COMMIT | ABORT | COMMIT_PREPARED | ABORT_PREPARED);
+        let info = record.main_data().get(8..).and_then(|rest| rest.first_chunk());
+        let info = info.filter(|_| record.kind() & HAS_INFO != 0).map_or(0, |info| u32::from_le_bytes(*info));
+        is_end && record.origin().is_none() && info & XINFO_HAS_ORIGIN == 0
+    }
+
+    /// Whether a record of this resource manager is of no use to recovery without standby queries.
+    pub fn is_for_queries(record: &Record<'_>) -> bool {
+        record.rmgr() == Rmgr::XACT && matches!(record.kind() & OPMASK, ASSIGNMENT | INVALIDATIONS)
+    }
+
+    /// `xl_info` and main data of a record that says the same, but for what only a running server needs to know: the
+    /// database, statistics that go, invalidations and the global identifier are left out.
+    pub fn encode(&self) -> (u8, Vec<u8>) {
+        let (kind, is_prepared) = match self.kind {
+            XactKind::Commit => (COMMIT, false),
+            XactKind::Abort => (ABORT, false),
+            XactKind::CommitPrepared => (COMMIT_PREPARED, true),
+            XactKind::AbortPrepared => (ABORT_PREPARED, true),
+        };
+        let flag = |has: bool, flag: u32| if has { flag } else { 0 };
+        let parts = flag(!self.subxacts.is_empty(), XINFO_HAS_SUBXACTS)
+            | flag(!self.dropped.is_empty(), XINFO_HAS_RELFILELOCATORS)
+            | flag(is_prepared, XINFO_HAS_TWOPHASE)
+            | flag(self.origin.is_some(), XINFO_HAS_ORIGIN);
+        let mut w = Writer::new();
+        w.i64(self.time.postgres_micros());
+        if parts == 0 {
+            return (kind, w.into_bytes());
+        }
+        let count = |items: usize| u32::try_from(items).unwrap_or(u32::MAX);
+        w.u32(parts);
+        if !self.subxacts.is_empty() {
+            w.u32(count(self.subxacts.len()));
+            for xid in &self.subxacts {
+                w.u32(xid.get());
+            }
+        }
+        if !self.dropped.is_empty() {
+            w.u32(count(self.dropped.len()));
+            for RelFileLocator { spc_oid, db_oid, rel_number } in &self.dropped {
+                w.u32(*spc_oid).u32(*db_oid).u32(*rel_number);
+            }
+        }
+        if is_prepared {
+            w.u32(self.xid.get());
+        }
+        if let Some((remote, time)) = self.origin {
+            w.u64(remote.get()).i64(time.postgres_micros());
+        }
+        (kind | HAS_INFO, w.into_bytes())
+    }
 }
 
 impl Prepare {
@@ -345,8 +403,43 @@ impl XactAssignment {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::reader::Writer;
+
+    proptest! {
+        #[test]
+        fn an_end_of_a_transaction_is_read_as_it_was_put_down(
+            kind in prop::sample::select(vec![XactKind::Commit, XactKind::Abort, XactKind::CommitPrepared, XactKind::AbortPrepared]),
+            xid in 3u32..,
+            time: i64,
+            subxacts in proptest::collection::vec(any::<u32>().prop_map(Xid::from), 0..4),
+            dropped in proptest::collection::vec(any::<[u32; 3]>(), 0..4),
+            origin in proptest::option::of(any::<(u64, i64)>()),
+        ) {
+            let relation = |[spc_oid, db_oid, rel_number]: [u32; 3]| RelFileLocator { spc_oid, db_oid, rel_number };
+            let end = XactRecord {
+                kind,
+                xid: xid.into(),
+                time: TimestampTz::from_postgres_micros(time),
+                info: 0,
+                db_oid: None,
+                spc_oid: None,
+                subxacts,
+                dropped: dropped.into_iter().map(relation).collect(),
+                dropped_stats: 0,
+                invalidations: 0,
+                gid: None,
+                origin: origin.map(|(remote, time)| (remote.into(), TimestampTz::from_postgres_micros(time))),
+            };
+            let (info, main) = end.encode();
+            // Of a prepared one the record's own transaction is another.
+            let own = if info & 0x40 != 0 || info & OPMASK == COMMIT_PREPARED { Xid::INVALID } else { end.xid };
+            let has_info = info & HAS_INFO != 0;
+            let read = XactRecord::decode_main(kind, has_info, own, &main, PgMajor::V15).unwrap();
+            prop_assert_eq!(XactRecord { info: 0, ..read }, end);
+        }
+    }
 
     fn commit_main(info: u32, stats_bytes: usize) -> Vec<u8> {
         let mut w = Writer::new();
