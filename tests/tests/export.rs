@@ -197,6 +197,39 @@ fn tables_are_exported_as_they_were_and_little_is_read_for_it() {
     assert!(std::fs::read_to_string(file).unwrap().contains("CREATE SCHEMA other"));
 }
 
+/// Under a load on other tables the table itself changes now and then.
+#[test]
+fn of_the_log_little_is_read_but_what_is_about_the_table() {
+    let exports = Exports::new("export-log");
+    let builder = exports.site.builder("db").segment_mb(1).setting("autovacuum", "off");
+    let cluster = exports.site.start(builder);
+    cluster.pgbench_init(2);
+    cluster.query("create table few (id serial primary key, note text)");
+    cluster.query("insert into few (note) select md5(g::text) from generate_series(1, 5000) g");
+    exports.site.back_up(&cluster);
+    for n in 0..3 {
+        cluster.pgbench(&["-c", "2", "-t", "1000"]);
+        cluster.query(&format!("update few set note = note || '{n}' where id % 3 = {n}"));
+        cluster.query(&format!("insert into few (note) select '{n}' from generate_series(1, 500)"));
+        cluster.query("checkpoint");
+    }
+    let lsn = moment(&cluster);
+    let expected = rows(&cluster, "postgres", "few");
+    cluster.query("drop table few");
+    cluster.archive_all();
+    let (file, exported) = exports.export("few.sql", &["--table", "few", "--target-lsn", &lsn]);
+    let segments = |key: &str| exported["restored"]["replayed"][key].as_u64().unwrap();
+    let (read, spared) = (segments("segments_read"), segments("segments_spared"));
+    assert!(spared > 2 * read, "{exported:#}");
+    load(&cluster, "back", &file, "select");
+    assert_eq!(rows(&cluster, "back", "few"), expected);
+    let out = exports
+        .site
+        .waltide
+        .ok(exports.args(text(&file), &["--force", "--table", "few", "--target-lsn", &lsn]));
+    assert!(out.stdout.contains(&format!("{read} segments read, of {spared} only the index")), "{out:?}");
+}
+
 #[test]
 fn a_dropped_table_comes_back_and_one_of_a_younger_database_too() {
     let exports = Exports::new("export-drop");

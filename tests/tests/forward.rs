@@ -239,6 +239,55 @@ fn a_page_made_anew_long_after_a_copy_of_its_database_is_copied_as_it_was() {
     Twice { site, backup }.assert_same(&lsn, &[]);
 }
 
+/// While much is loaded that is dropped later, transactions end in every way: of most of those segments the index tells all.
+#[test]
+fn segments_of_which_no_page_matters_are_not_read() {
+    let site = Site::new("forward-spared");
+    let builder = site.builder("db").settings(load::SETTINGS).segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder.setting("track_commit_timestamp", "on"));
+    load::prepare(&cluster);
+    cluster.query("select pg_replication_origin_create('elsewhere')");
+    let backup = site.back_up(&cluster);
+    let scripts = site.scratch.dir("scripts");
+    let mut chance = Chance::new();
+    for n in 1..=3 {
+        let ends = [
+            "select pg_current_xact_id();",
+            "begin; select pg_current_xact_id(); rollback;",
+            "do $$ begin perform pg_current_xact_id();
+                begin perform pg_current_xact_id(); exception when others then null; end; end $$;",
+            &format!(
+                "begin; select pg_current_xact_id(); prepare transaction 'p{n}'; commit prepared 'p{n}';"
+            ),
+            &format!(
+                "begin; select pg_current_xact_id(); prepare transaction 'q{n}'; rollback prepared 'q{n}';"
+            ),
+            "select pg_replication_origin_session_setup('elsewhere');
+             do $$ begin for i in 1..300 loop perform pg_replication_origin_xact_setup('7/' || i, now());
+                perform pg_current_xact_id(); perform pg_sleep(0.01); commit; end loop; end $$;
+             select pg_replication_origin_session_reset();",
+        ];
+        let running = ends.iter().enumerate().map(|(i, script)| {
+            let path = scripts.join(format!("{n}-{i}.sql"));
+            std::fs::write(&path, script.replace("; ", ";\n")).unwrap();
+            cluster.pgbench_background(&["-R", "100", "-T", "300", "-f", path.to_str().unwrap()])
+        });
+        let running: Vec<_> = running.collect();
+        cluster.query(
+            "create table bulk as select g, repeat(md5(g::text), 4) filler from generate_series(1, 80000) g",
+        );
+        cluster.query("create index on bulk (g)");
+        running.into_iter().for_each(|bench| drop(bench.terminate()));
+        cluster.query("drop table bulk");
+        load::step(&cluster, &mut chance);
+    }
+    let lsn = checkpoint_and_more(&cluster, &mut chance);
+    let replayed = Twice { site, backup }.assert_same(&lsn, &["--memory", "1MB"]);
+    let segments = |key: &str| replayed[key].as_u64().unwrap();
+    assert!(segments("segments_spared") > 20, "{replayed}");
+    assert!(segments("segments_read") > 3, "{replayed}");
+}
+
 /// How many positions of a long run are gone to: `WALTIDE_TARGETS`, else a few.
 fn targets() -> u64 {
     std::env::var("WALTIDE_TARGETS").map_or(4, |n| n.parse().expect("a number of targets"))

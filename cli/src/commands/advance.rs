@@ -297,8 +297,9 @@ fn text(told: &Told<'_>) -> String {
     );
     if let Some(replayed) = told.replayed {
         text.push_str(&format!(
-            "replayed  {} records: {} changes kept, {} pages written, in {}\n",
+            "replayed  {} records: {}, {} changes kept, {} pages written, in {}\n",
             replayed.records,
+            replayed.segments(),
             replayed.changes,
             replayed.pages,
             output::duration(replayed.scan_seconds + replayed.apply_seconds)

@@ -164,6 +164,9 @@ fn told(plan: &Plan, exported: &Exported) -> String {
         output::bytes(exported.read_bytes),
         output::bytes(exported.reads.whole_bytes)
     ));
+    if let Some(replayed) = &exported.restored.replayed {
+        text.push_str(&format!("replayed  natively to {}: {}\n", replayed.redo, replayed.segments()));
+    }
     text.push_str(&format!(
         "written   {}, {}, in {}\n",
         exported.output.display(),

@@ -488,9 +488,10 @@ fn told(plan: &Plan, part: Option<&Part>, restored: &Restored, outcome: Option<&
     ));
     if let Some(replayed) = &restored.replayed {
         text.push_str(&format!(
-            "replayed  {} records natively to {}: {} changes kept, {} pages written, in {}\n",
+            "replayed  {} records natively to {}: {}, {} changes kept, {} pages written, in {}\n",
             replayed.records,
             replayed.redo,
+            replayed.segments(),
             replayed.changes,
             replayed.pages,
             output::duration(replayed.scan_seconds + replayed.apply_seconds)

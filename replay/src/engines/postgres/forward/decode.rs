@@ -20,7 +20,7 @@ use super::pool::{Pool, Pooled};
 
 /// No record that changes pages has more data than this besides theirs: what they do to their pages fits a page or two. It
 /// is kept for each of its pages.
-const MAIN_DATA_MAX: usize = 64 << 10;
+pub(super) const MAIN_DATA_MAX: usize = 64 << 10;
 /// A record with an image of each of 33 blocks is not longer.
 pub(super) const KEPT_BYTES: usize = 288 << 10;
 /// Of what is kept for no page.
@@ -92,6 +92,8 @@ struct Open {
     batch: Batch,
     /// What the newer log makes anew of the part, as far as that is known.
     newer: Option<Arc<Blocks>>,
+    /// From this block on it cuts what was there.
+    cap: Option<BlockNumber>,
     /// Nothing that was done to it matters.
     is_lost: bool,
     /// Nothing of it is wanted but its length.
@@ -161,6 +163,24 @@ impl Pools {
     pub(super) fn new(idle: Idle, selection: Option<Arc<Selection>>) -> Self {
         Self { decoded: Pool::default(), idle, selection }
     }
+
+    /// One without anything in it.
+    pub(super) fn take(&self) -> Pooled<Decoded> {
+        let mut decoded = self.decoded.take();
+        (decoded.idle, decoded.selection) = (self.idle.clone(), self.selection.clone());
+        decoded.clear();
+        decoded
+    }
+
+    /// Whether some relations are selected, and others not.
+    pub(super) const fn selects_some(&self) -> bool {
+        self.selection.is_some()
+    }
+
+    /// Whether a relation's pages are selected.
+    pub(super) fn selects(&self, relation: RelFileLocator) -> bool {
+        self.selection.as_ref().is_none_or(|selection| selection.wants(relation))
+    }
 }
 
 /// Why a segment was not taken apart.
@@ -217,8 +237,7 @@ pub(super) fn decode_segment(
     newer: &Newer,
     pools: &Pools,
 ) -> Result<Pooled<Decoded>, DecodeError> {
-    let mut decoded = pools.decoded.take();
-    (decoded.idle, decoded.selection) = (pools.idle.clone(), pools.selection.clone());
+    let mut decoded = pools.take();
     let (mut kept, mut known) = (source.kept, Some(newer));
     loop {
         decoded.clear();
@@ -309,7 +328,9 @@ pub(super) fn decode_record(record: &Record<'_>) -> Result<Decoded, DecodeError>
 impl Open {
     /// Whether nothing that is done to the block matters.
     fn is_irrelevant(&self, block: BlockNumber) -> bool {
-        self.is_lost || self.newer.as_ref().is_some_and(|newer| newer.contains(block))
+        self.is_lost
+            || self.cap.is_some_and(|cap| block >= cap)
+            || self.newer.as_ref().is_some_and(|newer| newer.contains(block))
     }
 }
 
@@ -346,6 +367,27 @@ impl Decoded {
             self.idle.give(std::mem::take(&mut batch.bytes));
         }
         self.spare.push(batch);
+    }
+
+    /// Takes note of a record without blocks that the segment's index tells of.
+    pub(super) fn add_told(&mut self, record: &Record<'_>, newer: &Newer) -> Result<(), Unknown> {
+        self.add(record, Some(newer)).map(drop)
+    }
+
+    /// Takes note of a page that is there, and that nothing else matters of.
+    pub(super) fn add_reach(&mut self, tag: PageTag, newer: &Newer) {
+        let at = self.opened(Some(tag.part()), Some(newer));
+        if let Some(open) = self.open.get_mut(at) {
+            open.batch.reach = open.batch.reach.max(tag.block.saturating_add(1));
+        }
+    }
+
+    /// No record follows that the index tells of. So many there were, and before `at` this was the newest transaction that
+    /// wrote any.
+    pub(super) fn end_told(&mut self, count: u64, (at, newest_xid): (Lsn, Xid)) {
+        self.close();
+        (self.count, self.last_record) = (count, None);
+        self.newest_xids.push((at, newest_xid));
     }
 
     /// Takes note of what a record does. What the `newer` log makes irrelevant is passed over.
@@ -440,6 +482,7 @@ impl Decoded {
         if let (Some(part), Some(newer)) = (of, newer) {
             let newer = newer.read();
             open.newer = newer.made_anew().blocks(part).cloned();
+            open.cap = newer.made_anew().cap(part.relation, part.fork);
             open.is_lost = newer.made_anew().has_lost(part.relation);
         }
         let at = self.open.len();
@@ -582,18 +625,18 @@ impl Decoded {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use proptest::prelude::*;
     use waltide_format::archive::encode_segment;
-    use waltide_format::engines::postgres::scan::{ScanContext, scan_segment};
+    use waltide_format::engines::postgres::scan::{Previous, PreviousLog, ScanContext, scan_segment};
     use waltide_format::{SegmentName, SegmentSize, Xid};
 
     use super::*;
 
     /// The golden segments of 15, as they are stored, with the places in the log where they begin.
-    fn golden() -> Vec<(Lsn, Vec<u8>)> {
+    pub(in super::super) fn golden() -> Vec<(Lsn, Vec<u8>)> {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/wal/15");
         let name = |entry: std::fs::DirEntry| {
             let name = entry.file_name().into_string().unwrap();
@@ -601,20 +644,23 @@ mod tests {
         };
         let mut found: Vec<_> = dir.read_dir().unwrap().filter_map(|entry| name(entry.unwrap())).collect();
         found.sort();
+        let mut before = None;
         let stored = found.into_iter().map(|(name, path)| {
             let wal = zstd::decode_all(std::fs::File::open(path).unwrap()).unwrap();
             let size = SegmentSize::new(wal.len() as u64).unwrap();
-            let scan = scan_segment(wal.as_slice(), &ScanContext::new(name, size)).unwrap();
+            let context = ScanContext { previous: before.take(), ..ScanContext::new(name, size) };
+            let scan = scan_segment(wal.as_slice(), &context).unwrap();
+            before = scan.tail.map(|tail| Previous { name, log: PreviousLog::Tail(tail) });
             (name.start(size).unwrap(), encode_segment(&wal, &scan.index, 1, 1))
         });
         stored.collect()
     }
 
     /// What is known of something that a segment does: to which part, how, and what is packed of its record.
-    type Told = (Lsn, Option<PageTag>, How, bool, Lsn, Xid, Vec<u8>);
+    pub(in super::super) type Told = (Lsn, Option<PageTag>, How, bool, Lsn, Xid, Vec<u8>);
 
     /// Everything that a segment does to pages and to what is in no relation's file, and what it does to files.
-    fn told(mut decoded: Decoded) -> (Vec<Told>, Vec<Deed>) {
+    pub(in super::super) fn told(mut decoded: Decoded) -> (Vec<Told>, Vec<Deed>) {
         let (mut told, mut deeds) = (Vec::new(), Vec::new());
         for step in decoded.steps.drain(..) {
             match step {
@@ -644,7 +690,12 @@ mod tests {
         (told, deeds)
     }
 
-    fn taken(segments: &[(Lsn, Vec<u8>)], number: usize, kept: usize, newer: &Newer) -> Decoded {
+    pub(in super::super) fn taken(
+        segments: &[(Lsn, Vec<u8>)],
+        number: usize,
+        kept: usize,
+        newer: &Newer,
+    ) -> Decoded {
         let (start, object) = &segments[number];
         let size = SegmentSize::new(1 << 20).unwrap();
         let mut next = segments.get(number + 1).map(|(_, o)| StoredWal::open(o, Vec::new()).unwrap());

@@ -94,31 +94,36 @@ impl Kept {
                 relation.fork_mut(*fork).exists.get_or_insert(true);
             }
             Deed::Cut { relation, blocks, flags } if !newer.has_lost(*relation) => {
-                self.cut(*relation, *blocks, *flags);
+                self.cut(*relation, *blocks, *flags, newer);
             }
-            Deed::Drop(relation) if !newer.has_lost(*relation) => self.drop(*relation),
+            Deed::Drop(relation) if !newer.has_lost(*relation) => self.drop(*relation, newer),
             Deed::DropDatabase { spc_oid, db_oid } => newer.lose_database(*spc_oid, *db_oid),
             Deed::Create { .. } | Deed::Cut { .. } | Deed::Drop(_) | Deed::Copy(_) => {}
         }
     }
 
-    fn cut(&mut self, relation: RelFileLocator, blocks: BlockNumber, flags: u32) {
-        let relation = self.relations.entry(relation).or_default();
+    fn cut(&mut self, of: RelFileLocator, blocks: BlockNumber, flags: u32, newer: &mut MadeAnew) {
+        let relation = self.relations.entry(of).or_default();
+        let mut cut = |fork: ForkNumber, blocks: BlockNumber| {
+            relation.fork_mut(fork).cut(blocks);
+            newer.cut(of, fork, blocks);
+        };
         if flags & SmgrRecord::TRUNCATE_HEAP != 0 {
-            relation.fork_mut(ForkNumber::Main).cut(blocks);
+            cut(ForkNumber::Main, blocks);
         }
         if flags & SmgrRecord::TRUNCATE_VM != 0 {
-            relation.fork_mut(ForkNumber::Vm).cut(blocks.div_ceil(VM_HEAP_BLOCKS_PER_PAGE));
+            cut(ForkNumber::Vm, blocks.div_ceil(VM_HEAP_BLOCKS_PER_PAGE));
         }
         if flags & SmgrRecord::TRUNCATE_FSM != 0 {
             // A map without entries is legal; one that speaks of blocks that are gone was not always.
-            relation.fork_mut(ForkNumber::Fsm).cut(0);
+            cut(ForkNumber::Fsm, 0);
         }
     }
 
-    fn drop(&mut self, relation: RelFileLocator) {
-        let relation = self.relations.entry(relation).or_default();
+    fn drop(&mut self, of: RelFileLocator, newer: &mut MadeAnew) {
+        let relation = self.relations.entry(of).or_default();
         for fork in FORKS {
+            newer.cut(of, fork, 0);
             let fork = relation.fork_mut(fork);
             fork.exists.get_or_insert(false);
             fork.cut(0);
@@ -132,9 +137,7 @@ impl Kept {
 
     /// Whether what the base backup has of a block is of no use.
     pub(super) fn is_superseded(&self, tag: PageTag) -> bool {
-        let found = self.relations.get(&tag.relation);
-        let fork = found.and_then(|r| r.forks().find(|(number, _)| *number == tag.fork));
-        fork.is_some_and(|(_, fork)| fork.cuts(tag.block)) || self.made_anew.contains(tag)
+        self.made_anew.contains(tag)
     }
 }
 
@@ -175,6 +178,15 @@ pub(super) struct Log {
     pub(super) last_record: Option<(Lsn, Lsn)>,
     /// Records seen.
     pub(super) records: u64,
+    pub(super) segments: Segments,
+}
+
+/// How many segments the log was read out of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Segments {
+    pub(super) read: u64,
+    /// Of so many the index told all that matters.
+    pub(super) spared: u64,
 }
 
 impl Keeper {
@@ -289,7 +301,8 @@ impl Keeper {
         Ok(())
     }
 
-    pub(super) fn finish(mut self) -> Log {
+    /// Ends it. Of the log so many segments were read.
+    pub(super) fn finish(mut self, segments: Segments) -> Log {
         self.complete_stretch();
         self.complete.reverse();
         self.settings.reverse();
@@ -301,6 +314,7 @@ impl Keeper {
             newest_xids: self.newest_xids,
             last_record: self.last_record,
             records: self.records,
+            segments,
         }
     }
 
@@ -464,7 +478,7 @@ mod tests {
                     prop_assert!(keeper.buffered <= memory);
                 }
             }
-            let log = keeper.finish();
+            let log = keeper.finish(Segments::default());
             let mut stretches = log.stretches.iter();
             let mut expected = vec![Plain::default(); 4];
             let all = segments.iter().enumerate().flat_map(|(s, steps)| {

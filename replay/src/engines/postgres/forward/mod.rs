@@ -13,6 +13,7 @@ mod point;
 mod pool;
 mod scan;
 mod spill;
+mod told;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -139,8 +140,12 @@ pub struct Replayed {
     pub timeline: TimelineId,
     /// When it was made.
     pub time: TimestampTz,
-    /// Records read.
+    /// Records read, or told of by indexes.
     pub records: u64,
+    /// Segments that were read.
+    pub segments_read: u64,
+    /// Segments of which the index told all that matters, so that they were not read.
+    pub segments_spared: u64,
     /// Changes to pages that mattered.
     pub changes: u64,
     /// Pages written.
@@ -156,6 +161,15 @@ pub struct Replayed {
 }
 
 impl Replayed {
+    /// How much of the log was read, for people.
+    pub fn segments(&self) -> String {
+        let (read, spared) = (self.segments_read, self.segments_spared);
+        match spared {
+            0 => format!("{read} segments read"),
+            _ => format!("{read} segments read, of {spared} only the index"),
+        }
+    }
+
     /// The backup_label that makes recovery go on there: as pg_rewind leaves one, so that no end of a backup is awaited.
     pub(super) fn backup_label(&self, size: SegmentSize) -> String {
         let label = BackupLabel {
@@ -311,6 +325,8 @@ impl Ready {
             timeline: point.timeline,
             time: point.time,
             records: self.log.records,
+            segments_read: self.log.segments.read,
+            segments_spared: self.log.segments.spared,
             changes: written.changes,
             pages: written.pages,
             pages_read: written.read,

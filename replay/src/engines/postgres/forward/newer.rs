@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use foldhash::{HashMap, HashSet};
-use waltide_format::{BlockNumber, Oid, RelFileLocator};
+use waltide_format::{BlockNumber, ForkNumber, Oid, RelFileLocator};
 
 use super::batch::{PART_BLOCKS, PartTag};
 use super::decode::PageTag;
@@ -45,6 +45,8 @@ impl Blocks {
 #[derive(Debug, Default)]
 pub(super) struct MadeAnew {
     parts: HashMap<PartTag, Arc<Blocks>>,
+    /// Of what forks had before, so many blocks at the most are left.
+    caps: HashMap<(RelFileLocator, ForkNumber), BlockNumber>,
     /// Databases, each in a tablespace.
     gone: HashSet<(Oid, Oid)>,
 }
@@ -53,7 +55,18 @@ impl MadeAnew {
     /// Whether nothing that was done to a page before matters.
     pub(super) fn contains(&self, tag: PageTag) -> bool {
         self.parts.get(&tag.part()).is_some_and(|blocks| blocks.contains(tag.block))
+            || self.cap(tag.relation, tag.fork).is_some_and(|cap| tag.block >= cap)
             || self.has_lost(tag.relation)
+    }
+
+    /// Of what a fork had before, so many blocks at the most are left, if it is cut.
+    pub(super) fn cap(&self, relation: RelFileLocator, fork: ForkNumber) -> Option<BlockNumber> {
+        self.caps.get(&(relation, fork)).copied()
+    }
+
+    pub(super) fn cut(&mut self, relation: RelFileLocator, fork: ForkNumber, blocks: BlockNumber) {
+        let cap = self.caps.entry((relation, fork)).or_insert(blocks);
+        *cap = blocks.min(*cap);
     }
 
     /// Those of a part's blocks of which nothing that was done before matters, if there is one.
@@ -123,7 +136,6 @@ impl Newer {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use waltide_format::ForkNumber;
 
     fn tag() -> impl Strategy<Value = PageTag> {
         let block = prop_oneof![0u32..3, PART_BLOCKS - 2..PART_BLOCKS + 2, 60u32..70, u32::MAX - 1..u32::MAX];
@@ -139,6 +151,7 @@ mod tests {
         fn what_is_made_anew_is_what_was_put_in_and_what_its_database_took_along(
             put in proptest::collection::vec(tag(), 0..60),
             lost in proptest::option::of(0u32..2),
+            cut in proptest::collection::vec((tag(), 0u32..3), 0..3),
             asked in proptest::collection::vec(tag(), 0..60),
         ) {
             let newer = Newer::default();
@@ -148,8 +161,15 @@ mod tests {
             if let Some(db_oid) = lost {
                 newer.write().made_anew_mut().lose_database(1663, db_oid);
             }
-            for tag in asked.iter().chain(&put) {
-                let expected = put.contains(tag) || lost == Some(tag.relation.db_oid);
+            for (tag, less) in &cut {
+                newer.write().made_anew_mut().cut(tag.relation, tag.fork, tag.block.saturating_sub(*less));
+            }
+            let is_cut = |tag: &PageTag| {
+                let mut cuts = cut.iter().filter(|(of, _)| (of.relation, of.fork) == (tag.relation, tag.fork));
+                cuts.any(|(of, less)| tag.block >= of.block.saturating_sub(*less))
+            };
+            for tag in asked.iter().chain(&put).chain(cut.iter().map(|(tag, _)| tag)) {
+                let expected = put.contains(tag) || lost == Some(tag.relation.db_oid) || is_cut(tag);
                 prop_assert_eq!(newer.read().made_anew().contains(*tag), expected);
             }
             prop_assert_eq!(newer.read().stretch(), 0);

@@ -34,6 +34,13 @@ pub(super) struct Pooled<T: Default> {
     home: Pool<T>,
 }
 
+impl<T: Default> From<T> for Pooled<T> {
+    /// One that nobody else uses afterwards.
+    fn from(value: T) -> Self {
+        Self { value, home: Pool::default() }
+    }
+}
+
 impl<T: Default> Deref for Pooled<T> {
     type Target = T;
 

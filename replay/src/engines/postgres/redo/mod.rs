@@ -18,7 +18,7 @@ mod state;
 use waltide_format::engines::postgres::wal::{Block, Record, Rmgr};
 use waltide_format::{BlockNumber, Corrupt, ForkNumber, Lsn, PgMajor, RelFileLocator};
 
-pub use effects::{Effect, Ended, changes_state, effects, vouches_for};
+pub use effects::{Effect, Ended, changes_state, effects, vouches_for, vouches_for_pages};
 pub use page::Page;
 pub use state::{State, StateError};
 
@@ -67,11 +67,12 @@ pub struct RedoError {
 
 /// Whether redo knows this kind of record. To be asked of all of them before anything is written.
 pub fn knows(record: &Record<'_>) -> bool {
-    if record.major != PgMajor::V15 {
-        return false;
-    }
-    match record.rmgr() {
-        Rmgr::HEAP | Rmgr::HEAP2 => heap::knows(record.rmgr(), record.kind()),
+    record.major == PgMajor::V15 && knows_kind(record.rmgr(), record.kind())
+}
+
+fn knows_kind(rmgr: Rmgr, kind: u8) -> bool {
+    match rmgr {
+        Rmgr::HEAP | Rmgr::HEAP2 => heap::knows(rmgr, kind),
         Rmgr::XLOG
         | Rmgr::BTREE
         | Rmgr::HASH

@@ -18,6 +18,8 @@ const XACT_INVALIDATIONS: u8 = 0x60;
 const XLOG_CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const XLOG_CHECKPOINT_ONLINE: u8 = 0x10;
 const XLOG_PARAMETER_CHANGE: u8 = 0x60;
+const XLOG_FPI_FOR_HINT: u8 = 0xA0;
+const XLOG_FPI: u8 = 0xB0;
 const DBASE_FILE_COPY: u8 = 0x00;
 /// The highest kinds that Standby and LogicalMessage have.
 const STANDBY_INVALIDATIONS: u8 = 0x20;
@@ -182,7 +184,7 @@ pub fn changes_state(record: &Record<'_>) -> bool {
 /// happens to relations' files. A database copied file by file is not known here, nor what an extension's resource manager does.
 pub fn vouches_for(record: &Record<'_>) -> bool {
     let kind = record.kind();
-    if record.major != PgMajor::V15 || record.header.info & !0xF0 & !INFO_FLAGS != 0 {
+    if !vouches_for_flags(record.major, record.header.info) {
         return false;
     }
     match record.rmgr() {
@@ -195,12 +197,34 @@ pub fn vouches_for(record: &Record<'_>) -> bool {
         Rmgr::XACT => effects(record).is_ok(),
         Rmgr::SMGR => SmgrRecord::decode(record).is_some_and(|decoded| decoded.is_ok()),
         Rmgr::DBASE => kind != DBASE_FILE_COPY && effects(record).is_ok(),
-        Rmgr::STANDBY => kind <= STANDBY_INVALIDATIONS,
-        Rmgr::LOGICALMSG => kind == LOGICAL_MESSAGE,
         Rmgr::CLOG | Rmgr::TBLSPC | Rmgr::MULTIXACT | Rmgr::RELMAP | Rmgr::COMMIT_TS | Rmgr::REPLORIGIN => {
             effects(record).is_ok()
         }
-        rmgr => has_page_kind(rmgr, kind) && super::knows(record),
+        rmgr => changes_only_pages(rmgr, kind),
+    }
+}
+
+/// The same of a record of which no more is known than that it changes only pages, if anything.
+pub fn vouches_for_pages(major: PgMajor, rmgr: Rmgr, info: u8) -> bool {
+    let kind = info & 0xF0;
+    vouches_for_flags(major, info)
+        && match rmgr {
+            Rmgr::XLOG => matches!(kind, XLOG_FPI | XLOG_FPI_FOR_HINT),
+            Rmgr::XACT => matches!(kind & XACT_OPMASK, XACT_ASSIGNMENT | XACT_INVALIDATIONS),
+            rmgr => changes_only_pages(rmgr, kind),
+        }
+}
+
+const fn vouches_for_flags(major: PgMajor, info: u8) -> bool {
+    major.get() == PgMajor::V15.get() && info & !0xF0 & !INFO_FLAGS == 0
+}
+
+/// Whether this is a known kind of a resource manager whose records change pages, or nothing.
+fn changes_only_pages(rmgr: Rmgr, kind: u8) -> bool {
+    match rmgr {
+        Rmgr::STANDBY => kind <= STANDBY_INVALIDATIONS,
+        Rmgr::LOGICALMSG => kind == LOGICAL_MESSAGE,
+        rmgr => has_page_kind(rmgr, kind) && super::knows_kind(rmgr, kind),
     }
 }
 
