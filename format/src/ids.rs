@@ -147,6 +147,20 @@ impl Xid {
         self.0 == 0
     }
 
+    /// Whether it is one that ends: the numbers before `FirstNormalTransactionId` are given to none.
+    pub const fn is_normal(self) -> bool {
+        self.0 >= 3
+    }
+
+    /// The transaction that is given its number after this one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        match Self(self.0.wrapping_add(1)) {
+            next if next.is_normal() => next,
+            _ => Self(3),
+        }
+    }
+
     /// Whether this transaction came before `other`, in the half circle of 2^31 transactions.
     pub const fn precedes(self, other: Self) -> bool {
         let (a, b) = (self.0, other.0);

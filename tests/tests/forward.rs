@@ -1,6 +1,6 @@
 //! Native replay against PostgreSQL's own recovery: the same base, the same log, the same files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -118,6 +118,14 @@ fn assert_no_difference(at: &str, server: &Path, native: &Path) {
     let shown: Vec<_> = differences.iter().take(40).collect();
     let count = differences.len();
     assert!(pages > 1000 && differences.is_empty(), "{at} {count} of {pages} pages differ: {shown:#?}");
+    // A file of zeros is none to what compares pages.
+    for logs in ["pg_xact", "pg_commit_ts", "pg_multixact/offsets", "pg_multixact/members"] {
+        let names = |root: &Path| {
+            let names = std::fs::read_dir(root.join(logs)).unwrap().map(|entry| entry.unwrap().file_name());
+            names.collect::<BTreeSet<_>>()
+        };
+        assert_eq!(names(server), names(native), "{at}: {logs}");
+    }
 }
 
 /// A checkpoint that PostgreSQL is handed over at, what comes behind it, and a position to go to.
@@ -552,6 +560,8 @@ fn a_promotion_inside_the_range_is_followed_to_the_same_files() {
     let cluster = site.start(builder);
     cluster.pgbench_init(1);
     load::prepare(&cluster);
+    // From the promotion on: the primary is not started again.
+    cluster.set("track_commit_timestamp", "on");
     let backup = site.back_up(&cluster);
     let mut chance = Chance::new();
     let mut standby = cluster.make_standby("standby");
@@ -562,10 +572,27 @@ fn a_promotion_inside_the_range_is_followed_to_the_same_files() {
     cluster.query("create table forked (id int); insert into forked select generate_series(1, 5000)");
     cluster.archive_all();
     cluster.query("insert into forked values (0)");
+    // At the promotion, where commit timestamps are switched on, one is running that has numbers in two of their files.
+    let next: u64 = cluster.query("select pg_current_xact_id()").parse().unwrap();
+    let burnt = 32 * 819 - (next + 6) % (32 * 819);
+    cluster.query(&format!(
+        "set synchronous_commit = off; do $$ begin for i in 1..{burnt} loop perform pg_current_xact_id(); commit; end loop; end $$"
+    ));
+    let script = site.scratch.dir("scripts").join("running.sql");
+    let running = "begin;
+        do $$ begin for i in 1..10 loop begin insert into forked values (-i); exception when others then null; end; end loop; end $$;
+        select pg_sleep(600);";
+    std::fs::write(&script, running).unwrap();
+    let running = cluster.pgbench_background(&["-t", "1", "-f", script.to_str().unwrap()]);
+    cluster
+        .wait_until("select exists (select from pg_stat_activity where query like 'select pg_sleep(600)%')");
+    // Nothing that bears a number comes behind it.
+    cluster.query("select pg_switch_wal()");
     standby.wait_caught_up(&cluster);
     standby.set("archive_mode", "on");
     standby.restart();
     standby.promote();
+    running.terminate();
     // Both go on from the middle of a segment; what the old one does is on no way to the target.
     cluster.query("delete from forked; vacuum forked; drop table t");
     cluster.query("checkpoint");

@@ -6,9 +6,6 @@ use super::tuple::Hint;
 use crate::ids::{Lsn, Xid};
 use crate::time::TimestampTz;
 
-/// `FirstNormalTransactionId`: those below it are not transactions, and what they wrote is always there.
-const FIRST_NORMAL_XID: u32 = 3;
-
 /// A commit record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Commit {
@@ -67,7 +64,8 @@ impl Fates {
 
     /// What became of the transaction that wrote something that is in the log, or in a page, at `seen`.
     pub(super) fn of(&self, xid: Xid, hint: Hint, seen: Lsn) -> Fate {
-        if xid.get() < FIRST_NORMAL_XID {
+        // What no transaction wrote is always there.
+        if !xid.is_normal() {
             return Fate::Before;
         }
         if let Some(at) = self.by_xid.get(&xid) {

@@ -6,8 +6,6 @@ use waltide_format::engines::postgres::wal::{
 };
 use waltide_format::{Corrupt, Oid, Xid};
 
-/// `FirstNormalTransactionId`.
-const FIRST_XID: u32 = 3;
 const COMMIT_TS_TRUNCATE: u8 = 0x10;
 
 /// See the module.
@@ -39,13 +37,13 @@ impl Counters {
     /// A transaction has written something.
     pub(super) fn saw(&mut self, xid: Xid) {
         let next = self.next_xid();
-        if xid.get() < FIRST_XID || xid.precedes(next) {
+        if !xid.is_normal() || xid.precedes(next) {
             return;
         }
-        let after = xid.get().wrapping_add(1).max(FIRST_XID);
+        let after = xid.next();
         let epoch = self.now.next_full_xid >> 32;
-        let epoch = if after < next.get() { epoch.saturating_add(1) } else { epoch };
-        self.now.next_full_xid = epoch << 32 | u64::from(after);
+        let epoch = if after.get() < next.get() { epoch.saturating_add(1) } else { epoch };
+        self.now.next_full_xid = epoch << 32 | u64::from(after.get());
     }
 
     fn next_xid(&self) -> Xid {

@@ -279,10 +279,11 @@ impl Ready {
                         Record::unpack(entry.packed, entry.of(NO_RELATION), control.major, &mut blocks);
                     let kept = |_| ForwardError::Kept { at: entry.start };
                     let record = record.map_err(kept)?;
+                    while let Some((_, xid)) = newest_xids.next_if(|(at, _)| *at <= entry.start) {
+                        state.saw(*xid);
+                        counters.iter_mut().for_each(|counters| counters.saw(*xid));
+                    }
                     if let Some(counters) = &mut counters {
-                        while let Some((_, xid)) = newest_xids.next_if(|(at, _)| *at <= entry.start) {
-                            counters.saw(*xid);
-                        }
                         counters.follow(&record).map_err(kept)?;
                     }
                     let effects = redo::effects(&record).map_err(kept)?;

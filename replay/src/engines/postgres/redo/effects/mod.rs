@@ -29,8 +29,6 @@ const LOGICAL_MESSAGE: u8 = 0x00;
 pub(super) const GLOBAL_TABLESPACE: Oid = 1664;
 /// `DEFAULTTABLESPACE_OID`.
 pub(super) const DEFAULT_TABLESPACE: Oid = 1663;
-/// `FirstNormalTransactionId`: those before never end.
-const FIRST_XID: u32 = 3;
 /// `RELMAP` files' length in 13 to 15.
 const RELATION_MAP_BYTES: usize = 512;
 
@@ -381,7 +379,7 @@ fn slru(record: &Record<'_>) -> Result<Effect, Corrupt> {
 }
 
 fn check_xid(xid: Xid) -> Result<(), Corrupt> {
-    if xid.get() < FIRST_XID {
+    if !xid.is_normal() {
         return Err(Corrupt::invalid("xid", 0, xid.get().into()));
     }
     Ok(())

@@ -65,6 +65,11 @@ impl State {
         Ok(Self { tree, pages, xacts, multixacts, two_phase, databases: Databases::default(), origins })
     }
 
+    /// A transaction wrote a record before what is carried out next.
+    pub fn saw(&mut self, xid: Xid) {
+        self.xacts.saw(xid);
+    }
+
     /// Carries out an effect of the record that starts and ends `at`. They come in the log's order, from the base's redo point on.
     pub fn apply(&mut self, effect: &Effect, at: (Lsn, Lsn)) -> Result<(), StateError> {
         let Self { tree, pages, xacts, multixacts, two_phase, databases, origins } = self;

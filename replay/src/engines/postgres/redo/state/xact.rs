@@ -62,6 +62,13 @@ impl Xacts {
         }
     }
 
+    /// A transaction has written something.
+    pub(super) fn saw(&mut self, xid: Xid) {
+        if xid.is_normal() {
+            self.advance(xid.next(), false);
+        }
+    }
+
     pub(super) fn zero_page(
         &mut self,
         tree: &mut Tree,
@@ -112,10 +119,7 @@ impl Xacts {
                 }
             }
         }
-        for xid in xids {
-            // Past the numbers that stand for no transaction.
-            self.advance(xid.get().wrapping_add(1).max(3).into(), false);
-        }
+        xids.iter().for_each(|xid| self.saw(*xid));
         Ok(())
     }
 
