@@ -239,6 +239,34 @@ fn a_target_at_the_edge_of_a_page_or_a_segment_is_reached() {
 }
 
 /// The server archives its timeline, which can be backed up and restored like any other.
+/// The last record begins in one segment and ends far into the next, where a part of that is looked at.
+#[test]
+fn a_target_behind_a_long_record_is_reached() {
+    let site = Site::new("finish-long");
+    let cluster = site.start(site.builder("db").segment_mb(1).setting("autovacuum", "off"));
+    cluster.query("create table t (id int)");
+    site.back_up(&cluster);
+    cluster.query("insert into t values (1)");
+    cluster.query("select pg_switch_wal()");
+    let message = |bytes| {
+        cluster.query(&format!("select pg_logical_emit_message(false, 'x', repeat('x', {bytes}))"));
+    };
+    message(300 << 10);
+    cluster.query("insert into t values (2)");
+    let target = cluster.query("select pg_current_wal_insert_lsn()");
+    message(1300 << 10);
+    cluster.query("insert into t values (3)");
+    cluster.archive_all();
+    let target = ["--target-lsn", &target];
+    let mut server = site.restored("server", &[&target[..], &["--replay", "server"]].concat());
+    assert_eq!(server.query("select max(id) from t"), "2");
+    server.stop(StopMode::Fast);
+    let (mut native, _) = finished(&site, "native", &[&target[..], &["--archive-mode", "off"]].concat());
+    assert_eq!(RecoveryEnd::read(native.data_dir()), RecoveryEnd::read(server.data_dir()));
+    native.start();
+    assert_eq!(native.query("select max(id) from t"), "2");
+}
+
 #[test]
 fn the_timeline_goes_on_in_the_archive() {
     let site = Site::new("finish-archive");

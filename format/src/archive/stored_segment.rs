@@ -236,6 +236,10 @@ impl SegmentDirectory {
             let raw = Self::in_tail(*stretch, tail, object_bytes)?;
             index.decode_section(*id, &raw).map_err(|e| e.offset_by(stretch.at))?;
         }
+        // It says what the others do not, which has to be known then.
+        if self.sections.iter().any(|(_, version, _)| *version != SECTION_VERSION) {
+            index.state = None;
+        }
         Ok(index)
     }
 
@@ -461,6 +465,13 @@ mod tests {
             let directory = SegmentDirectory::decode(&object, object.len() as u64).unwrap().unwrap();
             let tail = &object[object.len() - directory.tail_bytes(object.len() as u64) as usize..];
             prop_assert_eq!(&directory.index(tail, object.len() as u64).unwrap(), &index);
+            // Of a section of another version nothing is known, nor what the state leaves to it.
+            let mut later = directory.clone();
+            let found = later.sections.iter_mut().find(|(id, ..)| *id != INFO_SECTION);
+            if let Some((_, version, _)) = found {
+                *version = 2;
+                prop_assert_eq!(later.index(tail, object.len() as u64).unwrap().state, None);
+            }
             let summary = directory.summary(tail, object.len() as u64).unwrap().unwrap();
             let faults = (&summary.faults, &summary.restore_points, &summary.pushed_by);
             prop_assert_eq!((&summary.info, faults), (&index.info, (&index.faults, &index.restore_points, &index.pushed_by)));

@@ -382,6 +382,11 @@ impl Decoded {
         }
     }
 
+    /// Whether a record was added that copies a database.
+    pub(super) fn copies_database(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step, Step::Files(Deed::Copy(_))))
+    }
+
     /// No record follows that the index tells of. So many there were, and before `at` this was the newest transaction that
     /// wrote any.
     pub(super) fn end_told(&mut self, count: u64, (at, newest_xid): (Lsn, Xid)) {

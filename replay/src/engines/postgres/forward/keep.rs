@@ -221,6 +221,11 @@ impl Keeper {
         decoded.stretch == self.complete.len()
     }
 
+    /// Whether the last record in the range was added.
+    pub(super) const fn has_last_record(&self) -> bool {
+        self.last_record.is_some()
+    }
+
     /// What segments are taken apart with.
     pub(super) fn pools(&self) -> Pools {
         Pools::new(self.idle.clone(), self.selection.clone())

@@ -93,25 +93,36 @@ pub(super) async fn scan(
             let Some((mut wal, taken)) = taking.pop_front() else { break };
             let Some(segment) = segments.get(wal.number) else { continue };
             let mut taken = taken.await.expect("taking a segment apart does not panic");
-            // A copy of a database was met since: what is of no use behind it may be of use to it.
-            let is_late = matches!(&taken, Some(Ok(decoded)) if !keeper.fits(decoded));
-            if is_late || taken.is_none() {
+            let mut is_over_added = false;
+            let mut decoded = loop {
+                let usable = taken.transpose().map_err(|e| failed(e, segment))?;
+                if let Some(decoded) = usable.filter(|decoded| keeper.fits(decoded)) {
+                    let Some(at) = decoded.unfinished.filter(|_| !is_over_added) else { break decoded };
+                    // The last record of all has to be seen.
+                    let may_be_told = keeper.has_last_record();
+                    let told = may_be_told.then(|| blocking(|| wal.head(at, keeper.newer()))).flatten();
+                    // Where the end of the one that goes over the edge is not told, it may matter what it is.
+                    if told.is_some() || matches!(wal.here, Got::Object(_)) {
+                        let over = match told {
+                            Some(told) => Some(told),
+                            None => long_record(indexes, segments, wal.number, at).await?,
+                        };
+                        if let Some(mut over) = over {
+                            blocking(|| keeper.add(&mut over))?;
+                        }
+                        is_over_added = true;
+                        if keeper.fits(&decoded) {
+                            break decoded;
+                        }
+                    }
+                }
+                // Its index does not tell all, or a copy of a database was met since: what is of no use behind it may be of
+                // use to it.
                 if let Got::Index(_) = wal.here {
                     wal.here = Got::Object(indexes.object(&segment.entry).await?);
                 }
                 taken = blocking(|| wal.take(keeper.newer()));
-            }
-            let mut decoded = taken.transpose().map_err(|e| failed(e, segment))?.unwrap_or_default();
-            if let Some(at) = decoded.unfinished {
-                let told = blocking(|| wal.head(at, keeper.newer()));
-                let long = match told {
-                    Some(told) => Some(told),
-                    None => long_record(indexes, segments, wal.number, at).await?,
-                };
-                if let Some(mut long) = long {
-                    blocking(|| keeper.add(&mut long))?;
-                }
-            }
+            };
             blocking(|| keeper.add(&mut decoded))?;
             match wal.here {
                 Got::Object(_) => count.read = count.read.saturating_add(1),
@@ -149,10 +160,9 @@ impl Sparing {
         let info = &segment.entry.info;
         let end = segment.start.saturating_add(info.size.bytes());
         let is_whole = segment.start >= self.wanted.from && end <= segment.usable_end.min(self.wanted.until);
-        // The record over its end is told of by one of both.
+        // Of the record over its end the one that follows tells, or at least that it was not cut off by a crash.
         let after = segments.get(number.saturating_add(1));
-        let has_end = info.pending.is_none_or(|pending| pending.joined)
-            || after.is_some_and(|after| after.entry.info.head_joined);
+        let has_end = info.pending.is_none() || after.is_some_and(|after| after.entry.info.head_joined);
         is_whole && has_end && number < self.last && number <= self.next.load(Ordering::Relaxed)
     }
 

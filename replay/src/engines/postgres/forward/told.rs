@@ -58,7 +58,7 @@ pub(super) fn segment(index: &SegmentIndex, newer: &Newer, pools: &Pools) -> Opt
 }
 
 /// What the record does that starts at `at`, in the segment before, and ends in this one. None where something matters of its
-/// pages, or the index does not tell.
+/// pages, the index does not tell, or it copies a database: then it matters to the segment before what was left out of it.
 pub(super) fn head(index: &SegmentIndex, at: Lsn, newer: &Newer, pools: &Pools) -> Option<Pooled<Decoded>> {
     let state = index.state.as_ref()?;
     let head = state.head.as_ref().filter(|head| head.start == at && index.info.head_joined)?;
@@ -81,6 +81,9 @@ pub(super) fn head(index: &SegmentIndex, at: Lsn, newer: &Newer, pools: &Pools) 
         decoded.add_reach(PageTag { relation: *relation, fork: *fork, block: *block }, newer);
     }
     add_records(&mut decoded, index, |start| start == at, newer)?;
+    if decoded.copies_database() {
+        return None;
+    }
     decoded.end_told(1, (index.info.name.start(index.info.size)?, head.xid));
     Some(decoded)
 }
@@ -162,7 +165,7 @@ fn add_record(decoded: &mut Decoded, record: &StateRecord, major: PgMajor, newer
 mod tests {
     use std::collections::BTreeMap;
 
-    use waltide_format::archive::SegmentDirectory;
+    use waltide_format::archive::{HeadRecord, SegmentDirectory};
     use waltide_format::engines::postgres::wal::PackedFor;
 
     use super::super::decode::tests::{Told, golden, taken, told};
@@ -259,5 +262,30 @@ mod tests {
             heads += usize::from(indexes[number].info.pending.is_some());
         }
         assert!(spared > 0 && effects > 10, "{spared} {effects} {heads}");
+    }
+
+    /// Of a record over the edge that is told by the index of the segment behind it.
+    #[test]
+    fn what_the_segment_before_must_know_of_is_not_told() {
+        let (start, object) = &golden()[0];
+        let (_, mut index) = SegmentDirectory::with_index(object, object.len() as u64).unwrap().unwrap();
+        let at = start.saturating_sub(48);
+        index.info.head_joined = true;
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let settings = [words(&[100, 8, 10, 0, 64, 1]).as_slice(), &[0, 1]].concat();
+        for (rmgr, info, main, is_told) in [
+            (Rmgr::XLOG, 0x30, words(&[30_000]), true),
+            (Rmgr::XLOG, 0x60, settings, false),
+            (Rmgr::DBASE, 0x00, words(&[16_500, 1663, 16_400, 1663]), false),
+            (Rmgr::DBASE, 0x20, words(&[16_500, 1, 1663]), true),
+        ] {
+            let state = index.state.as_mut().unwrap();
+            let (end, xid, rmid) = (start.saturating_add(80), 740.into(), rmgr.get());
+            state.records = vec![StateRecord { start: at, end, xid, rmid, info, origin: None, main }];
+            state.head = Some(HeadRecord { start: at, xid, pages: Vec::new() });
+            let (newer, pools) = (Newer::default(), Pools::default());
+            assert_eq!(head(&index, at, &newer, &pools).is_some(), is_told, "{rmgr} {info:#X}");
+            assert!(head(&index, at.saturating_add(8), &newer, &pools).is_none());
+        }
     }
 }
