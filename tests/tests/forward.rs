@@ -553,6 +553,55 @@ fn a_base_from_a_standby_is_replayed_to_the_same_files() {
     assert!(replayed["pages"].as_u64().unwrap() > 100, "{replayed}");
 }
 
+/// It answers queries while it follows, with transactions that were open where it was handed over.
+#[test]
+fn a_standby_is_brought_forward_and_follows_from_there() {
+    let site = Site::new("forward-follower");
+    let builder = site.builder("db").settings(load::SETTINGS).segment_mb(1).setting("autovacuum", "off");
+    let cluster = site.start(builder);
+    cluster.pgbench_init(1);
+    cluster.query("create extension amcheck; create table t (id int primary key)");
+    site.back_up(&cluster);
+    let bench = cluster.pgbench_background(&["-c", "2", "-R", "200", "-T", "300"]);
+    cluster.query("begin; insert into t values (1); prepare transaction 'prepared'");
+    let open = "begin;
+        do $$ begin for i in 2..20 loop begin insert into t values (i); exception when others then null; end; end loop; end $$;
+        select pg_sleep(600);";
+    let script = site.scratch.dir("scripts").join("open.sql");
+    std::fs::write(&script, open).unwrap();
+    let open = cluster.pgbench_background(&["-t", "1", "-f", script.to_str().unwrap()]);
+    cluster
+        .wait_until("select exists (select from pg_stat_activity where query like 'select pg_sleep(600)%')");
+    for _ in 0..3 {
+        cluster.query("select pg_sleep(1)");
+        cluster.query("checkpoint");
+    }
+    cluster.query("insert into t values (100)");
+    cluster.archive_all();
+    let dir = site.scratch.fresh_path("standby");
+    let restore = ["restore", "--standby", "--replay", "native", "--archive-mode", "off", "--data-dir"];
+    let done = site.waltide.json(restore.iter().chain(&[dir.to_str().unwrap()]));
+    let replayed = &done["restored"]["replayed"];
+    assert!(replayed["pages"].as_u64().unwrap() > 100 && dir.join("standby.signal").exists(), "{done}");
+    let mut standby = Cluster::with_data_dir("standby", &site.scratch, &dir);
+    standby.set("wal_retrieve_retry_interval", "200ms");
+    standby.start();
+    standby.wait_until("select count(*) = 1 from t");
+    assert_eq!(standby.query("select pg_is_in_recovery()"), "t");
+    let redo = replayed["redo"].as_str().unwrap();
+    assert!(standby.log_text().contains(&format!("redo starts at {redo}")), "{}", standby.log_text());
+    open.terminate();
+    bench.terminate();
+    cluster.query("insert into t values (101); commit prepared 'prepared'");
+    cluster.archive_all();
+    standby.wait_until("select count(*) = 3 from t");
+    assert_eq!(standby.query("select string_agg(id::text, ' ' order by id) from t"), "1 100 101");
+    assert_eq!(seen(&standby), seen(&cluster));
+    standby.promote();
+    standby.query("insert into t select generate_series(200, 300)");
+    standby.client("pg_amcheck").args(["--heapallindexed", "postgres"]).run().assert_ok();
+}
+
 #[test]
 fn a_promotion_inside_the_range_is_followed_to_the_same_files() {
     let site = Site::new("forward-promotion");

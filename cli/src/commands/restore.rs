@@ -275,15 +275,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
         let status = if e.is_damage() { 3 } else { 1 };
         Failure::from(e).status(status)
     })?;
-    // A standby goes on replaying, and what is to be reached is not known.
-    let mode = if args.standby { ReplayMode::Server } else { args.replay };
-    if args.standby && args.replay == ReplayMode::Native {
-        return Err(Failure::usage("--replay native goes to a target, and --standby has none"));
-    }
-    // Of a part the server that recovers tells what is missing.
+    // A standby goes on replaying. Of a part the server that recovers tells what is missing.
     let handed_over = args.standby || !args.database.is_empty();
     let finish = if handed_over { ReplayMode::Server } else { args.finish };
-    let replay = choose(&archive, &layout, &catalog, &plan, (mode, finish), args.memory).await?;
+    let replay = choose(&archive, &layout, &catalog, &plan, (args.replay, finish), args.memory).await?;
     let databases = match args.database.is_empty() {
         true => None,
         false => {
