@@ -670,6 +670,13 @@ fn settings(
     settings
 }
 
+impl Plan {
+    /// So many bytes of its WAL lie behind a position.
+    pub fn left_from(&self, from: Lsn) -> u64 {
+        self.wal_bytes.saturating_sub(from.bytes_since(self.start_lsn))
+    }
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let stop = &self.stop;

@@ -24,5 +24,5 @@ pub use conformance::conformance;
 
 pub use error::StorageError;
 pub use faulty::Faults;
-pub use progress::{NoProgress, Progress};
+pub use progress::{Counted, NoProgress, Progress};
 pub use url::{ArchiveUrl, real_path};

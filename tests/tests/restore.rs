@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use waltide_tests::site::text;
 use waltide_tests::workload::Journal;
-use waltide_tests::{Cluster, Site, StopMode, Waltide};
+use waltide_tests::{Cluster, Runner, Site, StopMode, Waltide};
 
 /// An archive, and a cluster that dates its commits and ships to it.
 fn started(label: &str) -> (Site, Cluster) {
@@ -489,6 +489,31 @@ fn a_standby_follows_the_archive_and_survives_its_absence() {
     wait_for(&standby, &journal);
     assert!(later.id < journal.len());
     journal.assert_exactly_up_to(&standby, journal.len());
+}
+
+/// On a terminal, which phase runs, what is done of it, and how much is left of all.
+#[test]
+fn a_person_sees_how_far_a_restore_is() {
+    let (site, mut cluster) = started("seen");
+    site.back_up(&cluster);
+    cluster.query("create table bulk as select g, md5(g::text) from generate_series(1, 800000) g");
+    cluster.query("update bulk set g = -g where g % 4 = 0");
+    cluster.query("checkpoint");
+    cluster.archive_all();
+    // The restored server has its socket and port.
+    cluster.stop(StopMode::Fast);
+    let dir = site.scratch.fresh_path("restored");
+    let (program, archive) = (site.waltide.program(), text(&site.archive));
+    let restore = format!("restore --start --archive-mode off --data-dir {}", text(&dir));
+    let command = format!("{} --archive {archive} --cluster main {restore}", text(&program));
+    let shown = Runner::as_postgres("script").args(["-qec", &command, "/dev/null"]).run().assert_ok().stdout;
+    for phase in ["read the log", "restore", "replay", "recover"] {
+        assert!(shown.contains(phase), "{phase}: {shown}");
+    }
+    for told in [" records", " pages", "MiB/", " left of all"] {
+        assert!(shown.contains(told), "{told}: {shown}");
+    }
+    Cluster::attach("restored", &site.scratch, &dir).unwrap().stop(StopMode::Fast);
 }
 
 #[test]

@@ -331,12 +331,17 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), Failure> {
     for note in plan.notes.iter().chain(&actions.notes).chain(&absent) {
         tracing::warn!("{note}");
     }
+    // How long a part takes is not known.
+    if part.is_none() {
+        progress.expect(&plan.estimate.phases(server.is_some()));
+    }
     let restored = restore.carry_out(&progress).await.map_err(failed)?;
+    let from = restored.replayed.as_ref().map_or(plan.start_lsn, |replayed| replayed.redo);
     let mut outcome = None;
     if let Some(server) = server {
         let (data_dir, plan, progress) = (actions.data_dir.clone(), plan.clone(), Arc::clone(&progress));
         let started = tokio::task::spawn_blocking(move || {
-            server.start(&data_dir, &plan, selection.as_ref(), args.standby, progress.as_ref())
+            server.start(&data_dir, &plan, from, selection.as_ref(), args.standby, progress.as_ref())
         });
         outcome = Some(started.await.map_err(|e| Failure::failed("the server could not be watched", e))??);
     }

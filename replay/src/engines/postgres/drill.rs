@@ -281,6 +281,7 @@ impl Drill<'_> {
 
         self.watch.phase("restore");
         let replayed = self.restore(&plan, &place, user, &redirected).await?;
+        let from = replayed.as_ref().map_or(plan.start_lsn, |replayed| replayed.redo);
         let but = if replayed.is_some() { ", but for pages that replay makes anew" } else { "" };
         let detail = format!("{} files, {} bytes{but}", plan.base_files, plan.base_bytes);
         self.checks.hold("every checksum of the base backup", true, detail, DrillVerdict::ArchiveAtFault);
@@ -296,7 +297,7 @@ impl Drill<'_> {
         }
 
         self.watch.phase("recovery");
-        progress.phase("recover", Some(plan.wal_bytes));
+        progress.phase("recover", Some(plan.left_from(from)));
         let settings = self.settings(&place, &redirected)?;
         let mut server = ScratchServer::start(&install, &place, &settings)?;
         let recovered = server.wait_ready(|line| {
@@ -411,6 +412,7 @@ impl Drill<'_> {
         let options = RestoreOptions { replay, ..options };
         let DrillSource { archive, layout, progress, .. } = self.source;
         let restore = Restore::prepare(archive, layout, plan, options).await?;
+        progress.expect(&restore.way().estimate(plan).phases(true));
         Ok(restore.carry_out(progress).await?.replayed)
     }
 

@@ -117,12 +117,13 @@ impl Server {
         command
     }
 
-    /// Starts the server on `data_dir` and waits until it has done what the plan says. Blocks. `selection` is what was
-    /// restored, where that is not everything.
+    /// Starts the server on `data_dir` and waits until it has done what the plan says. Blocks. It replays `from` there on.
+    /// `selection` is what was restored, where that is not everything.
     pub fn start(
         &self,
         data_dir: &Path,
         plan: &Plan,
+        from: Lsn,
         selection: Option<&Selection>,
         standby: bool,
         progress: &dyn Progress,
@@ -137,10 +138,12 @@ impl Server {
             let said = String::from_utf8_lossy(&done.stderr).into_owned();
             return Err(StartError::Ended { log: format!("{said}{}", tail(data_dir)) });
         }
-        let size = plan.segments.len() as u64;
-        progress.phase("recover", Some(plan.wal_bytes));
-        let mut watch =
-            Watch { data_dir, plan, shown: 0, share: plan.wal_bytes.checked_div(size).unwrap_or(0) };
+        let share = plan.wal_bytes.checked_div(plan.segments.len() as u64).unwrap_or(0);
+        let left = plan.left_from(from);
+        progress.phase("recover", Some(left));
+        let shown = plan.wal_bytes.saturating_sub(left).checked_div(share).unwrap_or(0);
+        let shown = usize::try_from(shown).unwrap_or(usize::MAX);
+        let mut watch = Watch { data_dir, plan, shown, share };
         let mut seen = false;
         loop {
             watch.show(progress);

@@ -21,7 +21,7 @@ use waltide_format::engines::postgres::catalogue::{LARGE_OBJECTS, TableName, Tab
 use waltide_format::{BackupId, Lsn, Oid};
 use waltide_storage::{Archive, Progress};
 
-use super::forward::{Replay, ReplayMode, ReplayPlan};
+use super::forward::{Replay, ReplayMode, ReplayPlan, Replayed};
 use super::indexes::{ArchivedIndexes, SearchError};
 use super::install::{InstallError, Installation, ServerUser};
 use super::names::{NamesError, follow};
@@ -394,7 +394,7 @@ impl<'a> Export<'a> {
             place.check_room(restore.actions().bytes.saturating_add(wal_room))?;
             let restored = restore.carry_out(self.source.progress).await?;
             read_bytes = read_bytes.saturating_add(restored.read_bytes);
-            let mut server = self.start(&place).await?;
+            let mut server = self.start(&place, restored.replayed.as_ref()).await?;
             let client = server.connect(&self.found.database, &self.request.user, Duration::ZERO).await?;
             let size = self.source.catalog.system.segment_size;
             let reached = scratch_cluster::reached(&client, self.plan, size).await?;
@@ -437,14 +437,19 @@ impl<'a> Export<'a> {
         }
     }
 
-    async fn start(&self, place: &ScratchPlace) -> Result<ScratchServer, ExportError> {
+    async fn start(
+        &self,
+        place: &ScratchPlace,
+        replayed: Option<&Replayed>,
+    ) -> Result<ScratchServer, ExportError> {
+        let from = replayed.map_or(self.plan.start_lsn, |replayed| replayed.redo);
         let progress = self.source.progress;
         let brought = self.entry.head.config_files.as_slice();
         let cluster = scratch_cluster::settings(place, brought, &self.redirected)?;
         let mut settings = ScratchSettings::decide(&cluster, &self.request.preload, memory_bytes());
         // Pages of what was not restored are no fault.
         settings.values.insert("ignore_invalid_pages".to_owned(), "on".to_owned());
-        progress.phase("recover", Some(self.plan.wal_bytes));
+        progress.phase("recover", Some(self.plan.left_from(from)));
         let mut server = ScratchServer::start(&self.install, place, &settings)?;
         let segment_bytes = self.source.catalog.system.segment_size.bytes();
         let mut missing = None;

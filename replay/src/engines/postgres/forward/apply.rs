@@ -11,7 +11,7 @@ use std::sync::{Mutex, mpsc};
 use waltide_format::engines::postgres::cluster::{ControlFile, relation_path, version_directory};
 use waltide_format::engines::postgres::wal::Record;
 use waltide_format::{BLOCK_BYTES, BlockNumber, ForkNumber, RelFileLocator};
-use waltide_storage::Progress;
+use waltide_storage::{Counted, Progress};
 
 use super::super::file_system::is_local;
 use super::super::redo::{self, Page};
@@ -176,6 +176,7 @@ pub(super) fn pages(
                     match range.apply(&mut memory) {
                         Ok((written, file, path)) => {
                             all.lock().unwrap_or_else(|e| e.into_inner()).add(&written);
+                            progress.count(Counted::Pages, written.pages);
                             progress.advance(range.bytes);
                             if files.durable && written.pages >= SYNC_PAGES {
                                 let _ = syncing.try_send((file, path));

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use waltide_format::Lsn;
 use waltide_format::archive::{SegmentDirectory, SegmentIndex, StoredWal};
 use waltide_format::engines::postgres::wal::{Expected, Record, SegmentSpan};
-use waltide_storage::Progress;
+use waltide_storage::{Counted, Progress};
 
 use super::super::indexes::{ArchivedIndexes, SearchError};
 use super::super::restore::blocking;
@@ -123,6 +123,7 @@ pub(super) async fn scan(
                 }
                 taken = blocking(|| wal.take(keeper.newer()));
             };
+            progress.count(Counted::Records, decoded.count);
             blocking(|| keeper.add(&mut decoded))?;
             match wal.here {
                 Got::Object(_) => count.read = count.read.saturating_add(1),
