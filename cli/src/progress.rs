@@ -108,6 +108,14 @@ impl Progress for Bars {
     fn message(&self, text: &str) {
         self.with(|shown| shown.bar.println(text));
     }
+
+    fn warn(&self, text: &str) {
+        // A line that goes past the bar would tear it apart.
+        self.with(|shown| match shown.bar.is_hidden() {
+            true => tracing::warn!("{text}"),
+            false => shown.bar.println(text),
+        });
+    }
 }
 
 impl Drop for Bars {

@@ -21,6 +21,10 @@ pub trait Progress: Send + Sync {
     fn count(&self, _what: Counted, _more: u64) {}
     /// Something the operator may want to read meanwhile.
     fn message(&self, text: &str);
+    /// Something the operator has to know, whoever looks.
+    fn warn(&self, text: &str) {
+        tracing::warn!("{text}");
+    }
 }
 
 /// Nobody wants to know.

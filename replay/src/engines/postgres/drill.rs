@@ -413,7 +413,9 @@ impl Drill<'_> {
         let DrillSource { archive, layout, progress, .. } = self.source;
         let restore = Restore::prepare(archive, layout, plan, options).await?;
         progress.expect(&restore.way().estimate(plan).phases(true));
-        Ok(restore.carry_out(progress).await?.replayed)
+        let restored = restore.carry_out(progress).await?;
+        self.record.notes.extend(restored.because);
+        Ok(restored.replayed)
     }
 
     /// What the scratch server is told, out of what the restore left in the data directory.

@@ -210,6 +210,8 @@ pub(super) struct Ready {
     /// Where it ends at the target: the segment that the last record ends in, where it does not end with it.
     segment: Option<SegmentEntry>,
     scan_seconds: f64,
+    /// Why it ends earlier than it was to.
+    because: Option<String>,
 }
 
 /// What native replay leaves.
@@ -236,6 +238,11 @@ pub(super) struct Place<'a> {
 }
 
 impl Ready {
+    /// Why replay ends earlier than it was to, if it does.
+    pub(super) fn because(&self) -> Option<&str> {
+        self.because.as_deref()
+    }
+
     /// The number of the timeline that is to begin, where one is.
     pub(super) const fn timeline_mut(&mut self) -> Option<&mut TimelineId> {
         match &mut self.end {

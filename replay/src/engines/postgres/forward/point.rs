@@ -433,6 +433,7 @@ impl Forward {
     ) -> Result<Result<Ready, Unknown>, ForwardError> {
         let started = Instant::now();
         let selection = selection.cloned().map(Arc::new);
+        let mut because = None;
         let unknown = loop {
             progress.phase("read the log", Some(self.wal_bytes()));
             let wanted = Wanted { from: self.from, until: self.end.until() };
@@ -450,7 +451,8 @@ impl Forward {
                         _ => None,
                     };
                     let scan_seconds = started.elapsed().as_secs_f64();
-                    return Ok(Ok(Ready { log, end: self.end.clone(), checkpoint, segment, scan_seconds }));
+                    let end = self.end.clone();
+                    return Ok(Ok(Ready { log, end, checkpoint, segment, scan_seconds, because }));
                 }
                 Err(ForwardError::Unknown(unknown)) if !self.may_end_earlier() => break unknown,
                 Err(ForwardError::Unknown(unknown)) => {
@@ -462,7 +464,9 @@ impl Forward {
                     };
                     match self.newest(end, redo).await? {
                         Some(point) => {
-                            progress.message(&format!("{unknown}: it ends earlier, at {}", point.redo));
+                            let reason = format!("{unknown}: it ends earlier, at {}", point.redo);
+                            progress.warn(&reason);
+                            because = Some(reason);
                             self.end = End::HandOver(point);
                         }
                         None => break unknown,

@@ -164,6 +164,8 @@ pub struct Restored {
     pub read_bytes: u64,
     /// What native replay did.
     pub replayed: Option<Replayed>,
+    /// Why it ended earlier than it was to, or PostgreSQL replays everything after all.
+    pub because: Option<String>,
     /// Segments behind that which recovery need not fetch any more.
     pub queued_segments: u64,
     /// Seconds it took.
@@ -219,6 +221,8 @@ struct Written {
     read_bytes: u64,
     /// What native replay left.
     over: Option<Over>,
+    /// Why that is less than was to be.
+    because: Option<String>,
     /// The backup's pg_control.
     control: Vec<u8>,
 }
@@ -293,7 +297,8 @@ impl Restore {
     pub async fn carry_out(&self, progress: &Arc<dyn Progress>) -> Result<Restored, RestoreError> {
         let started = Instant::now();
         let place = write::Place::new(&self.options.data_dir, self.plan.major, &self.actions);
-        let Written { total, read_bytes, over, control } = self.write_cluster(&place, progress).await?;
+        let Written { total, read_bytes, over, because, control } =
+            self.write_cluster(&place, progress).await?;
         let last = self.plan.segments.iter().filter(|s| s.partial);
         for segment in last {
             // PostgreSQL asks for no .partial, so it has to lie in pg_wal under the segment's name.
@@ -337,6 +342,7 @@ impl Restore {
             written_bytes,
             read_bytes,
             replayed,
+            because,
             queued_segments: queued,
             seconds: started.elapsed().as_secs_f64(),
         })
@@ -382,8 +388,9 @@ impl Restore {
         let is_control = |p: &Piece| self.manifest.files.get(p.file).is_some_and(|f| f.path == CONTROL_FILE);
         let (control, pieces): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_control);
         let (control, file_blocks) = self.control_file(control).await?;
+        let mut because = None;
         let mut ready = match file_blocks.checked_rem(PART_BLOCKS) {
-            Some(0) => self.read_log(progress).await?,
+            Some(0) => self.read_log(progress, &mut because).await?,
             // No release is built so, but one may be.
             _ if self.is_native_only() => return Err(RestoreError::FileBlocks { found: file_blocks }),
             _ => None,
@@ -400,14 +407,14 @@ impl Restore {
                 // Never patch and go on: what is there is thrown away, and PostgreSQL does it all.
                 Err(e) => {
                     let text = format!("native replay failed, PostgreSQL replays everything: {}", causes(&e));
-                    progress.message(&text);
-                    tracing::warn!("{text}");
+                    progress.warn(&text);
+                    because = Some(text);
                     ready = None;
                     blocking(|| place.discard(&self.actions.tablespaces))?;
                 }
             }
         };
-        Ok(Written { total, read_bytes, over, control })
+        Ok(Written { total, read_bytes, over, because, control })
     }
 
     /// Writes the backup's files and brings them forward natively, and nothing that a restore adds: no settings, no label,
@@ -438,27 +445,32 @@ impl Restore {
         matches!(&self.options.replay, Replay::Native(forward) if forward.mode() == ReplayMode::Native)
     }
 
-    /// Reads the log before anything is written, where it is replayed natively.
-    async fn read_log(&self, progress: &Arc<dyn Progress>) -> Result<Option<Ready>, RestoreError> {
+    /// Reads the log before anything is written, where it is replayed natively; `because` of what that is less than was to be.
+    async fn read_log(
+        &self,
+        progress: &Arc<dyn Progress>,
+        because: &mut Option<String>,
+    ) -> Result<Option<Ready>, RestoreError> {
         let Replay::Native(forward) = &self.options.replay else { return Ok(None) };
         let dir = &self.options.data_dir;
         let scratch = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir);
         let mut forward = forward.as_ref().clone();
         let selection = self.options.selection.as_ref();
         match forward.read(scratch, selection, self.options.threads, progress.as_ref()).await {
-            Ok(Ok(ready)) => Ok(Some(ready)),
-            Ok(Err(unknown)) if self.is_native_only() => Err(unknown.into()),
-            Ok(Err(unknown)) => {
-                tracing::warn!("{unknown}: PostgreSQL replays everything");
-                Ok(None)
+            Ok(Ok(ready)) => {
+                *because = ready.because().map(str::to_owned);
+                return Ok(Some(ready));
             }
+            Ok(Err(unknown)) if self.is_native_only() => return Err(unknown.into()),
+            Ok(Err(unknown)) => *because = Some(unknown.to_string()),
             // Too little room for what is set aside stops no restore.
-            Err(e @ ForwardError::Spill(_)) if !self.is_native_only() => {
-                tracing::warn!("{}: PostgreSQL replays everything", causes(&e));
-                Ok(None)
-            }
-            Err(e) => Err(e.into()),
+            Err(e @ ForwardError::Spill(_)) if !self.is_native_only() => *because = Some(causes(&e)),
+            Err(e) => return Err(e.into()),
         }
+        let text = because.get_or_insert_default();
+        text.push_str(": PostgreSQL replays everything");
+        progress.warn(text);
+        Ok(None)
     }
 
     /// Makes the place and writes the backup's files, without what replay writes anew: bytes written and read.
