@@ -583,6 +583,12 @@ fn a_standby_is_brought_forward_and_follows_from_there() {
     let done = site.waltide.json(restore.iter().chain(&[dir.to_str().unwrap()]));
     let replayed = &done["restored"]["replayed"];
     assert!(replayed["pages"].as_u64().unwrap() > 100 && dir.join("standby.signal").exists(), "{done}");
+    // It follows the timeline that was replayed, where that was said.
+    for (more, followed) in [(&[][..], "latest"), (&["--target-timeline", "1"], "1")] {
+        let planned = restore.iter().chain(&["other", "--dry-run"]).chain(more);
+        let settings = site.waltide.json(planned)["actions"]["settings"].to_string();
+        assert!(settings.contains(&format!("[\"recovery_target_timeline\",\"{followed}\"]")), "{settings}");
+    }
     let mut standby = Cluster::with_data_dir("standby", &site.scratch, &dir);
     standby.set("wal_retrieve_retry_interval", "200ms");
     standby.start();

@@ -297,12 +297,16 @@ impl Drill<'_> {
         }
 
         self.watch.phase("recovery");
-        progress.phase("recover", Some(plan.left_from(from)));
+        let mut left = plan.left_from(from);
+        progress.phase("recover", Some(left));
         let settings = self.settings(&place, &redirected)?;
         let mut server = ScratchServer::start(&install, &place, &settings)?;
         let recovered = server.wait_ready(|line| {
             if line.contains("restored log file") {
-                progress.advance(segment_bytes);
+                // Some are asked for twice.
+                let more = segment_bytes.min(left);
+                left = left.saturating_sub(more);
+                progress.advance(more);
             }
         });
         recovered.await?;

@@ -283,6 +283,9 @@ impl Watch<'_> {
             let more = reached.saturating_sub(self.shown) as u64;
             progress.advance(more.saturating_mul(self.share));
             self.shown = reached;
+        } else {
+            // How long it takes is shown, too.
+            progress.advance(0);
         }
     }
 }

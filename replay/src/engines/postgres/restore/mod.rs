@@ -31,6 +31,7 @@ use super::forward::{
 use super::queue::{Filled, ReadAhead};
 use super::selection::Selection;
 use crate::plan::Plan;
+use crate::target::TargetTimeline;
 use error::io_error;
 use pieces::Piece;
 
@@ -43,6 +44,8 @@ pub use place::{Deletion, Owner, PlaceError, Placed};
 const OBJECT_BYTES_MAX: u64 = 1 << 30;
 /// Read, and written, when all else is there.
 const CONTROL_FILE: &str = "global/pg_control";
+/// Which timeline recovery follows.
+const TIMELINE: &str = "recovery_target_timeline";
 /// What a backup may bring along, a standby's its signal, and a restored cluster must not start with.
 const STALE: [&str; 6] = [
     "recovery.signal",
@@ -393,7 +396,17 @@ impl Restore {
             Some(0) => self.read_log(progress, &mut because).await?,
             // No release is built so, but one may be.
             _ if self.is_native_only() => return Err(RestoreError::FileBlocks { found: file_blocks }),
-            _ => None,
+            _ => {
+                if let Replay::Native(_) = &self.options.replay {
+                    let text = format!(
+                        "{}: PostgreSQL replays everything",
+                        RestoreError::FileBlocks { found: file_blocks }
+                    );
+                    progress.warn(&text);
+                    because = Some(text);
+                }
+                None
+            }
         };
         let (total, read_bytes, over) = loop {
             let superseding = ready.as_ref().map(|ready| (ready, file_blocks));
@@ -847,9 +860,11 @@ fn actions(
         options.replay = Replay::Server(Some(reason));
     }
 
-    let target: Vec<_> = match options.standby {
-        true => vec![("recovery_target_timeline".to_owned(), "latest".to_owned())],
-        false => plan.settings.clone(),
+    let target: Vec<_> = match (options.standby, plan.goal.timeline) {
+        (true, TargetTimeline::Latest) => vec![(TIMELINE.to_owned(), "latest".to_owned())],
+        // What was replayed natively of one timeline can follow no other.
+        (true, _) => plan.settings.iter().filter(|(name, _)| name == TIMELINE).cloned().collect(),
+        (false, _) => plan.settings.clone(),
     };
     let mut settings = conf::recovery_settings(plan.major, &options.restore_command, &target);
     if plan.goal.action == crate::TargetAction::Pause {
