@@ -130,18 +130,19 @@ impl Log {
             let scan = scan_segment(bytes, &context).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert!(scan.index.faults.is_empty(), "{name}: {:?}", scan.index.faults);
             assert_eq!(scan.stopped_by, None, "{name}");
-            // A crash may end the log with a segment.
-            assert!(is_last || scan.index.info.ending != Ending::EndOfLog, "{name}: {:?}", scan.end);
+            // A crash may end the log with a segment, too.
+            let ends_inside = is_last && Some(scan.index.info.valid_end) != name.end(self.size);
+            assert_eq!(scan.index.info.ending == Ending::EndOfLog, ends_inside, "{name}: {:?}", scan.end);
             if previous.is_some() {
                 assert_eq!(scan.index.info.head_joined, scan.index.info.continued_bytes > 0, "{name}");
             }
             scans.push(scan);
         }
-        // A record over the edge is joined, unless the next segment says that a crash aborted it.
-        for (i, scan) in scans.iter().enumerate().take(scans.len() - 1) {
+        // A record over the edge is joined, unless a crash aborted it: then the next segment says so, or there is none.
+        for (i, scan) in scans.iter().enumerate() {
             let info = &scan.index.info;
-            let overwritten = scans.get(i + 1).is_some_and(|next| next.index.info.overwrites_contrecord);
-            let joined = info.pending.is_none_or(|pending| pending.joined != overwritten);
+            let is_cut_off = scans.get(i + 1).is_none_or(|next| next.index.info.overwrites_contrecord);
+            let joined = info.pending.is_none_or(|pending| pending.joined != is_cut_off);
             assert!(joined, "{}: {:?}", info.name, info.pending);
         }
         scans
