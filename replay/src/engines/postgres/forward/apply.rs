@@ -108,7 +108,7 @@ impl Written {
 pub(super) fn shape(files: &Files, kept: &Kept) -> Result<(), ForwardError> {
     for (relation, state) in &kept.relations {
         for (fork, state) in state.forks() {
-            let Some(cap) = state.cap else { continue };
+            let Some(cap) = kept.cap(*relation, fork) else { continue };
             for segment in 0u32.. {
                 let path = files.path(*relation, fork, segment);
                 let bytes = match fs::metadata(&path) {

@@ -20,29 +20,12 @@ const FORKS: [ForkNumber; 4] = [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::V
 /// What becomes of a fork.
 #[derive(Debug, Default)]
 pub(super) struct Fork {
-    /// Of what was there before the log, so many blocks at the most are left.
-    pub(super) cap: Option<BlockNumber>,
     /// So many blocks it has at least.
     pub(super) blocks: BlockNumber,
     /// Whether its file is there at the end, where the log says so.
     pub(super) exists: Option<bool>,
     /// What is kept of so many blocks that lie side by side.
     pub(super) parts: BTreeMap<u32, Chain>,
-}
-
-impl Fork {
-    /// Whether a block is cut off later.
-    fn cuts(&self, block: BlockNumber) -> bool {
-        self.cap.is_some_and(|cap| block >= cap)
-    }
-
-    fn cut(&mut self, blocks: BlockNumber) {
-        self.cap = Some(self.cap.map_or(blocks, |cap| cap.min(blocks)));
-    }
-
-    fn grow(&mut self, blocks: BlockNumber) {
-        self.blocks = self.blocks.max(self.cap.map_or(blocks, |cap| cap.min(blocks)));
-    }
 }
 
 /// What becomes of a relation.
@@ -103,11 +86,8 @@ impl Kept {
     }
 
     fn cut(&mut self, of: RelFileLocator, blocks: BlockNumber, flags: u32, newer: &mut MadeAnew) {
-        let relation = self.relations.entry(of).or_default();
-        let mut cut = |fork: ForkNumber, blocks: BlockNumber| {
-            relation.fork_mut(fork).cut(blocks);
-            newer.cut(of, fork, blocks);
-        };
+        self.relations.entry(of).or_default();
+        let mut cut = |fork: ForkNumber, blocks: BlockNumber| newer.cut(of, fork, blocks);
         if flags & SmgrRecord::TRUNCATE_HEAP != 0 {
             cut(ForkNumber::Main, blocks);
         }
@@ -124,15 +104,18 @@ impl Kept {
         let relation = self.relations.entry(of).or_default();
         for fork in FORKS {
             newer.cut(of, fork, 0);
-            let fork = relation.fork_mut(fork);
-            fork.exists.get_or_insert(false);
-            fork.cut(0);
+            relation.fork_mut(fork).exists.get_or_insert(false);
         }
     }
 
     /// Those of a part's blocks of which nothing from before is left because they are made anew.
     pub(super) fn made_anew(&self, part: PartTag) -> Option<&Blocks> {
         self.made_anew.blocks(part).map(|blocks| &**blocks)
+    }
+
+    /// Of what a fork had before the log, so many blocks at the most are left, if it is cut.
+    pub(super) fn cap(&self, relation: RelFileLocator, fork: ForkNumber) -> Option<BlockNumber> {
+        self.made_anew.cap(relation, fork)
     }
 
     /// Whether what the base backup has of a block is of no use.
@@ -265,9 +248,11 @@ impl Keeper {
         let chain = match batch.of {
             None => &mut kept.state,
             Some(part) => {
-                let (is_lost, made_anew) = {
+                let (is_lost, cap, made_anew) = {
                     let newer = newer.read();
-                    (newer.made_anew().has_lost(part.relation), newer.made_anew().blocks(part).cloned())
+                    let newer = newer.made_anew();
+                    let (relation, fork) = (part.relation, part.fork);
+                    (newer.has_lost(relation), newer.cap(relation, fork), newer.blocks(part).cloned())
                 };
                 if is_lost {
                     return Ok(());
@@ -275,15 +260,16 @@ impl Keeper {
                 let fork = kept.relations.entry(part.relation).or_default().fork_mut(part.fork);
                 if batch.reach > 0 {
                     fork.exists.get_or_insert(true);
-                    fork.grow(batch.reach);
+                    fork.blocks = fork.blocks.max(cap.map_or(batch.reach, |cap| cap.min(batch.reach)));
                 }
                 if !selection.as_ref().is_none_or(|selection| selection.wants(part.relation)) {
                     return Ok(());
                 }
                 let made_anew = made_anew.as_deref();
-                if fork.cap.is_some_and(|cap| batch.goes_beyond(cap)) || batch.repeats(made_anew) {
+                if cap.is_some_and(|cap| batch.goes_beyond(cap)) || batch.repeats(made_anew) {
                     let is_anew = |block| made_anew.is_some_and(|blocks| blocks.contains(block));
-                    batch.leave_out(|block| !fork.cuts(block) && !is_anew(block), idle);
+                    let is_cut = |block| cap.is_some_and(|cap| block >= cap);
+                    batch.leave_out(|block| !is_cut(block) && !is_anew(block), idle);
                 }
                 if batch.count == 0 {
                     return Ok(());
@@ -497,7 +483,7 @@ mod tests {
                         let none = Relation::default();
                         let found = kept.relations.get(&own).unwrap_or(&none);
                         let (_, fork) = found.forks().next().unwrap();
-                        prop_assert_eq!((fork.cap, fork.blocks, fork.exists), (plain.cap, plain.blocks, plain.exists));
+                        prop_assert_eq!((kept.cap(own, ForkNumber::Main), fork.blocks, fork.exists), (plain.cap, plain.blocks, plain.exists));
                         let pages = applied(&log, kept, own, fork);
                         prop_assert!(pages.keys().eq(plain.pages.keys()), "{:?} {:?}", pages, plain);
                         for (block, all) in &plain.pages {

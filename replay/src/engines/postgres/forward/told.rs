@@ -261,7 +261,7 @@ mod tests {
             effects += found.state.len();
             heads += usize::from(indexes[number].info.pending.is_some());
         }
-        assert!(spared > 0 && effects > 10, "{spared} {effects} {heads}");
+        assert!(spared > 0 && effects > 10 && heads > 0, "{spared} {effects} {heads}");
     }
 
     /// Of a record over the edge that is told by the index of the segment behind it.
