@@ -94,7 +94,9 @@ impl Progress for Bars {
 
     fn advance(&self, bytes: u64) {
         self.with(|shown| {
-            shown.bar.inc(bytes);
+            // A segment that recovery asks for twice is no more than all.
+            let left = shown.bar.length().map(|length| length.saturating_sub(shown.bar.position()));
+            shown.bar.inc(left.map_or(bytes, |left| bytes.min(left)));
             shown.tell();
         });
     }

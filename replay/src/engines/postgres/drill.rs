@@ -297,16 +297,12 @@ impl Drill<'_> {
         }
 
         self.watch.phase("recovery");
-        let mut left = plan.left_from(from);
-        progress.phase("recover", Some(left));
+        progress.phase("recover", Some(plan.left_from(from)));
         let settings = self.settings(&place, &redirected)?;
         let mut server = ScratchServer::start(&install, &place, &settings)?;
         let recovered = server.wait_ready(|line| {
             if line.contains("restored log file") {
-                // Some are asked for twice.
-                let more = segment_bytes.min(left);
-                left = left.saturating_sub(more);
-                progress.advance(more);
+                progress.advance(segment_bytes);
             }
         });
         recovered.await?;

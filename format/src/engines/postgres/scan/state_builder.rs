@@ -15,7 +15,7 @@ pub(super) struct StateBuilder {
     state: SegmentState,
     kinds: HashSet<(u8, u8)>,
     /// What was added last; most often the next is of the same kind, or of the one before.
-    recent: [(u8, u8); 2],
+    recent: [Option<(u8, u8)>; 2],
     /// How much data the listed records have.
     bytes: usize,
 }
@@ -29,9 +29,7 @@ impl Default for StateBuilder {
             records: Vec::new(),
             head: None,
         };
-        // No resource manager has this number.
-        let none = (u8::MAX, u8::MAX);
-        Self { state, kinds: HashSet::new(), recent: [none; 2], bytes: 0 }
+        Self { state, kinds: HashSet::new(), recent: [None; 2], bytes: 0 }
     }
 }
 
@@ -61,8 +59,8 @@ impl StateBuilder {
     }
 
     fn note(&mut self, kind: (u8, u8)) {
-        if !self.recent.contains(&kind) {
-            self.recent = [kind, self.recent[0]];
+        if !self.recent.contains(&Some(kind)) {
+            self.recent = [Some(kind), self.recent[0]];
             self.kinds.insert(kind);
         }
     }

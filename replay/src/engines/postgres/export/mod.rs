@@ -449,17 +449,13 @@ impl<'a> Export<'a> {
         let mut settings = ScratchSettings::decide(&cluster, &self.request.preload, memory_bytes());
         // Pages of what was not restored are no fault.
         settings.values.insert("ignore_invalid_pages".to_owned(), "on".to_owned());
-        let mut left = self.plan.left_from(from);
-        progress.phase("recover", Some(left));
+        progress.phase("recover", Some(self.plan.left_from(from)));
         let mut server = ScratchServer::start(&self.install, place, &settings)?;
         let segment_bytes = self.source.catalog.system.segment_size.bytes();
         let mut missing = None;
         let recovered = server.wait_ready(|line| {
             if line.contains("restored log file") {
-                // Some are asked for twice.
-                let more = segment_bytes.min(left);
-                left = left.saturating_sub(more);
-                progress.advance(more);
+                progress.advance(segment_bytes);
             }
             let wanted = |(path, _): &(&str, u32)| self.selection.wants_file(path);
             if let Some((path, block)) = missing_page(line).filter(wanted) {

@@ -399,8 +399,7 @@ impl Restore {
             _ => {
                 if let Replay::Native(_) = &self.options.replay {
                     let text = format!(
-                        "{}: PostgreSQL replays everything",
-                        RestoreError::FileBlocks { found: file_blocks }
+                        "relseg_size is {file_blocks} blocks, and native replay knows multiples of {PART_BLOCKS}: PostgreSQL replays everything"
                     );
                     progress.warn(&text);
                     because = Some(text);
